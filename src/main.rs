@@ -1,0 +1,2 @@
+//! The `microvm` program.
+fn main() {}

@@ -1,0 +1,4 @@
+//! The devices that a guest sees, and the buses that they sit on.
+
+pub mod bus;
+pub mod virtio;
