@@ -1,0 +1,240 @@
+//! Bulk access to guest memory by page number, for whoever moves or hashes it.
+//!
+//! Pages are counted densely over the RAM regions in address order: page 0 is the first of the first region, and the numbers go
+//! on without a gap over the device hole. The guest may run meanwhile: two reads of a page may differ, so nothing here reads a
+//! page twice and relies on the same bytes, and no reference to guest memory is ever formed.
+#![allow(unsafe_code)] // writev and readv take addresses of guest memory
+
+use std::io::{self, ErrorKind};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use vm_memory::bitmap::{Bitmap, MS};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, VolatileMemory, VolatileSlice};
+
+use super::{GuestMemoryMmap, PAGE_BYTES, SharedMemory};
+
+/// The most vectors of one system call (IOV_MAX on Linux).
+const MAX_VECTORS: usize = 1024;
+
+/// Guest memory as an array of pages.
+#[derive(Clone)]
+pub struct Pages {
+    memory: SharedMemory,
+    count: u64,
+}
+
+type Slice<'a> = VolatileSlice<'a, MS<'a, GuestMemoryMmap>>;
+
+impl Pages {
+    /// All pages of `memory`.
+    pub fn new(memory: SharedMemory) -> Self {
+        let count = memory.iter().map(|region| region.len()).sum::<u64>() / PAGE_BYTES;
+        Pages { memory, count }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// The pieces of memory that hold `run`: one, or two where it crosses the device hole.
+    fn slices(&self, run: &Range<u64>) -> io::Result<impl Iterator<Item = Slice<'_>>> {
+        if run.start > run.end || run.end > self.count {
+            let message = format!("pages {}..{} are not in a guest of {} pages", run.start, run.end, self.count);
+            return Err(io::Error::new(ErrorKind::InvalidInput, message));
+        }
+        let (wanted_start, wanted_end) = (run.start * PAGE_BYTES, run.end * PAGE_BYTES);
+        let mut region_start = 0;
+        Ok(self.memory.iter().filter_map(move |region| {
+            let start = wanted_start.max(region_start);
+            let end = wanted_end.min(region_start + region.len());
+            let offset = start - region_start.min(start);
+            region_start += region.len();
+            (start < end).then(|| {
+                region
+                    .get_slice(MemoryRegionAddress(offset), (end - start) as usize)
+                    .expect("the piece was clipped to the region")
+            })
+        }))
+    }
+
+    /// Writes `header`, then the pages of `runs`, to `to` (blocking), with as few system calls as the kernel allows.
+    pub fn write_to(&self, header: &[u8], runs: &[Range<u64>], to: BorrowedFd<'_>) -> io::Result<()> {
+        let mut vectors = vec![libc::iovec { iov_base: header.as_ptr() as *mut _, iov_len: header.len() }];
+        for run in runs {
+            for slice in self.slices(run)? {
+                vectors.push(libc::iovec { iov_base: slice.ptr_guard().as_ptr() as *mut _, iov_len: slice.len() });
+            }
+        }
+        // SAFETY: the vectors are `header`, borrowed, and guest memory, which `self` keeps mapped; the kernel only reads them.
+        transfer(&mut vectors, |part| unsafe { libc::writev(to.as_raw_fd(), part.as_ptr(), part.len() as i32) })
+    }
+
+    /// Fills the pages of `runs` from `from` (blocking).
+    pub fn read_from(&self, runs: &[Range<u64>], from: BorrowedFd<'_>) -> io::Result<()> {
+        let mut vectors = Vec::with_capacity(runs.len());
+        for run in runs {
+            for slice in self.slices(run)? {
+                vectors.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+            }
+        }
+        // SAFETY: the vectors are guest memory, which `self` keeps mapped and nobody holds references to.
+        transfer(&mut vectors, |part| unsafe { libc::readv(from.as_raw_fd(), part.as_ptr(), part.len() as i32) })?;
+        for run in runs {
+            self.slices(run)?.for_each(|slice| slice.bitmap().mark_dirty(0, slice.len()));
+        }
+        Ok(())
+    }
+
+    /// Copies the pages from `first` on into `buffer` (whole pages).
+    pub fn copy_out(&self, first: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let mut rest = buffer;
+        for slice in self.slices(&(first..first + rest.len() as u64 / PAGE_BYTES))? {
+            let (now, later) = rest.split_at_mut(slice.len());
+            slice.copy_to(now);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Overwrites the pages from `first` on with `bytes` (whole pages).
+    pub fn copy_in(&self, first: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut rest = bytes;
+        for slice in self.slices(&(first..first + rest.len() as u64 / PAGE_BYTES))? {
+            let (now, later) = rest.split_at(slice.len());
+            slice.copy_from(now);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Whether page `page` reads as zeros now. Most other pages differ in a few places that are looked at first.
+    pub fn is_zero(&self, page: u64) -> io::Result<bool> {
+        const PROBES: [usize; 3] = [0, 2048, 4088];
+        let mut copy = [0u64; PAGE_BYTES as usize / 8];
+        for slice in self.slices(&(page..page + 1))? {
+            for probe in PROBES {
+                let word = slice.subslice(probe, 8).and_then(|s| s.get_ref::<u64>(0).map(|r| r.load()));
+                if word.map_err(io::Error::other)? != 0 {
+                    return Ok(false);
+                }
+            }
+            slice.copy_to(&mut copy[..]);
+        }
+        Ok(copy.iter().fold(0, |all, word| all | word) == 0)
+    }
+
+    /// Makes the pages of `run` zero; those that are zero already stay untouched and so cost no memory.
+    pub fn clear(&self, run: Range<u64>) -> io::Result<()> {
+        const ZEROS: [u8; PAGE_BYTES as usize] = [0; PAGE_BYTES as usize];
+        for page in run {
+            if !self.is_zero(page)? {
+                self.copy_in(page, &ZEROS)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Repeats `call` until all of `vectors` went through, stepping over what each call has done.
+fn transfer(vectors: &mut [libc::iovec], mut call: impl FnMut(&[libc::iovec]) -> isize) -> io::Result<()> {
+    let mut rest = vectors;
+    while !rest.is_empty() {
+        let done = call(&rest[..rest.len().min(MAX_VECTORS)]);
+        let mut done = match done {
+            0 if rest.iter().any(|v| v.iov_len > 0) => return Err(ErrorKind::UnexpectedEof.into()),
+            0.. => done as usize,
+            _ => match io::Error::last_os_error() {
+                e if e.kind() == ErrorKind::Interrupted => continue,
+                e => return Err(e),
+            },
+        };
+        let whole = rest
+            .iter()
+            .take_while(|v| {
+                let fits = v.iov_len <= done;
+                done -= if fits { v.iov_len } else { 0 };
+                fits
+            })
+            .count();
+        rest = &mut rest[whole..];
+        if let Some(part) = rest.first_mut().filter(|_| done > 0) {
+            part.iov_base = part.iov_base.wrapping_byte_add(done);
+            part.iov_len -= done;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    /// Three pages, a hole, five pages.
+    fn pages() -> Pages {
+        let ranges = [(GuestAddress(0), 3 * 4096), (GuestAddress(1 << 20), 5 * 4096)];
+        Pages::new(GuestMemoryMmap::from_ranges(&ranges).unwrap().into())
+    }
+
+    #[test]
+    fn runs_cross_the_hole_and_arrive_as_sent() {
+        let (source, destination) = (pages(), pages());
+        for page in 0..8u8 {
+            source.copy_in(page.into(), &[page + 1; 4096]).unwrap();
+        }
+        let (mut a, b) = UnixStream::pair().unwrap();
+        let runs = [1..5, 7..8];
+        std::thread::scope(|scope| {
+            scope.spawn(|| source.write_to(b"head", &runs, b.as_fd()).unwrap());
+            let mut head = [0; 4];
+            io::Read::read_exact(&mut a, &mut head).unwrap();
+            assert_eq!(&head, b"head");
+            destination.read_from(&runs, a.as_fd()).unwrap();
+        });
+        let mut all = vec![0; 8 * 4096];
+        destination.copy_out(0, &mut all).unwrap();
+        let firsts: Vec<u8> = all.chunks(4096).map(|p| p[0]).collect();
+        assert_eq!(firsts, [0, 2, 3, 4, 5, 0, 0, 8]);
+        let marked: Vec<u64> =
+            destination.memory.iter().map(|r| vm_memory::MmapRegion::bitmap(r).get_and_reset()[0]).collect();
+        assert_eq!(marked, [0b110, 0b10011], "pages that were read in count as the VMM's own writes");
+    }
+
+    #[test]
+    fn zero_pages_are_told_from_others() {
+        let pages = pages();
+        assert!(pages.is_zero(7).unwrap());
+        for offset in [0, 1, 2047, 4095] {
+            let mut page = [0; 4096];
+            page[offset] = 1;
+            pages.copy_in(7, &page).unwrap();
+            assert!(!pages.is_zero(7).unwrap(), "a byte at {offset}");
+        }
+        pages.clear(0..8).unwrap();
+        assert!(pages.is_zero(7).unwrap());
+    }
+
+    #[test]
+    fn pages_outside_memory_are_refused() {
+        let pages = pages();
+        let (a, _b) = UnixStream::pair().unwrap();
+        assert!(pages.is_zero(8).is_err());
+        assert!(pages.copy_in(7, &[0; 8192]).is_err());
+        assert!(pages.write_to(&[], &[0..9], a.as_fd()).is_err());
+        assert!(pages.read_from(&[u64::MAX..u64::MAX], a.as_fd()).is_err());
+    }
+
+    #[test]
+    fn a_peer_that_goes_away_is_an_error() {
+        let pages = pages();
+        let (a, b) = UnixStream::pair().unwrap();
+        drop(b);
+        assert_eq!(pages.read_from(&[0..1], a.as_fd()).unwrap_err().kind(), ErrorKind::UnexpectedEof);
+    }
+}
