@@ -1,2 +1,3 @@
 //! The `microvm` program.
+
 fn main() {}

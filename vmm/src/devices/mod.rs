@@ -1,4 +1,6 @@
 //! The devices that a guest sees, and the buses that they sit on.
 
 pub mod bus;
+pub mod power;
+pub mod serial;
 pub mod virtio;

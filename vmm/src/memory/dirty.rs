@@ -9,11 +9,13 @@
 //! the next one begins with all pages.
 #![allow(unsafe_code)] // KVM_CLEAR_DIRTY_LOG and KVM_SET_USER_MEMORY_REGION take addresses of ours.
 
+use std::sync::Arc;
+
 use kvm_bindings::{
     KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES, KVMIO,
     kvm_clear_dirty_log, kvm_enable_cap, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, VmFd};
+use kvm_ioctls::VmFd;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -31,6 +33,7 @@ pub const CLEAR_ALIGN_PAGES: u64 = 64;
 
 /// The memory slots of a VM and their dirty log. Slot n is region n of the mapping.
 pub struct DirtyLog {
+    vm: Arc<VmFd>,
     memory: SharedMemory,
     /// KVM_GET_DIRTY_LOG does not clear; we do, chunk by chunk.
     manual_protect: bool,
@@ -39,21 +42,19 @@ pub struct DirtyLog {
 
 impl DirtyLog {
     /// Gives `memory` to the VM, one slot a region, and chooses the log's mode by what the host can.
-    pub fn new(vm: &VmFd, memory: SharedMemory) -> Result<Self, MemoryError> {
-        let offered = vm.check_extension_raw(u64::from(kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)) as u32;
+    pub fn new(vm: Arc<VmFd>, memory: SharedMemory) -> Result<Self, MemoryError> {
+        let cap = kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+        let offered = vm.check_extension_raw(cap.into()).cast_unsigned();
         let wanted = offered & (KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
-        let manual_protect = wanted & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0 && {
-            let mut cap = kvm_enable_cap { cap: kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
-            cap.args[0] = u64::from(wanted);
-            vm.enable_cap(&cap).is_ok()
-        };
-        debug_assert!(vm.check_extension(Cap::UserMemory));
-        let log = DirtyLog { memory, manual_protect, logging: false };
-        log.set_slots(vm, 0)?;
+        let mut enable = kvm_enable_cap { cap, ..Default::default() };
+        enable.args[0] = wanted.into();
+        let manual_protect = wanted & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0 && vm.enable_cap(&enable).is_ok();
+        let log = DirtyLog { vm, memory, manual_protect, logging: false };
+        log.set_slots(0)?;
         Ok(log)
     }
 
-    fn set_slots(&self, vm: &VmFd, flags: u32) -> Result<(), MemoryError> {
+    fn set_slots(&self, flags: u32) -> Result<(), MemoryError> {
         for (slot, region) in (0u32..).zip(self.memory.iter()) {
             let slot_region = kvm_userspace_memory_region {
                 slot,
@@ -62,8 +63,8 @@ impl DirtyLog {
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr() as u64,
             };
-            // SAFETY: the range is a mapping that `self.memory` keeps alive; the VM's owner drops the VM before it.
-            unsafe { vm.set_user_memory_region(slot_region) }.map_err(|source| MemoryError::Slot {
+            // SAFETY: the range is a mapping that `self.memory` keeps alive at least as long as we keep the VM.
+            unsafe { self.vm.set_user_memory_region(slot_region) }.map_err(|source| MemoryError::Slot {
                 operation: "KVM_SET_USER_MEMORY_REGION",
                 slot,
                 source,
@@ -73,57 +74,66 @@ impl DirtyLog {
     }
 
     /// Starts logging. What was dirty before is forgotten: the caller takes every page as dirty now.
-    pub fn start(&mut self, vm: &VmFd) -> Result<(), MemoryError> {
-        self.set_slots(vm, KVM_MEM_LOG_DIRTY_PAGES)?;
+    pub fn start(&mut self) -> Result<(), MemoryError> {
+        self.set_slots(KVM_MEM_LOG_DIRTY_PAGES)?;
         self.memory.iter().for_each(|region| own_writes(region).reset());
         self.logging = true;
         Ok(())
     }
 
     /// Stops logging; what was logged is lost.
-    pub fn stop(&mut self, vm: &VmFd) -> Result<(), MemoryError> {
+    pub fn stop(&mut self) -> Result<(), MemoryError> {
         if self.logging {
             self.logging = false;
-            self.set_slots(vm, 0)?;
+            self.set_slots(0)?;
         }
         Ok(())
     }
 
-    /// Whether logging is on.
-    pub fn is_logging(&self) -> bool {
-        self.logging
-    }
-
     /// The pages written since each was last re-armed (or since the last call, where reading the log clears it): for each
     /// region one bit a page, 64 to a word, bit 0 of word 0 the first page.
-    pub fn collect(&mut self, vm: &VmFd) -> Result<Vec<Vec<u64>>, MemoryError> {
+    pub fn collect(&mut self) -> Result<Vec<Vec<u64>>, MemoryError> {
         let mut all = Vec::new();
         for (slot, region) in (0u32..).zip(self.memory.iter()) {
             let own = own_writes(region).get_and_reset();
-            let mut bits = vm.get_dirty_log(slot, region.len() as usize).map_err(|source| MemoryError::Slot {
+            let mut bits = self.vm.get_dirty_log(slot, region.len() as usize).map_err(|source| MemoryError::Slot {
                 operation: "KVM_GET_DIRTY_LOG",
                 slot,
                 source,
             })?;
-            debug_assert_eq!(own.len(), bits.len());
             bits.iter_mut().zip(own).for_each(|(word, own)| *word |= own);
             all.push(bits);
         }
         Ok(all)
     }
 
-    /// Watches pages again, just before they are read: those whose bit is set in `bits`, of region `slot` from `first_page` on
-    /// (a multiple of 64). Nothing to do where reading the log has done it.
-    pub fn rearm(&self, vm: &VmFd, slot: u32, first_page: u64, bits: &[u64]) -> Result<(), MemoryError> {
+    /// What watches pages again, to be called from the thread that reads them.
+    pub fn rearmer(&self) -> Rearmer {
+        Rearmer { vm: self.vm.clone(), memory: self.memory.clone(), manual_protect: self.manual_protect }
+    }
+}
+
+/// Watches pages again, just before they are read.
+#[derive(Clone)]
+pub struct Rearmer {
+    vm: Arc<VmFd>,
+    memory: SharedMemory,
+    manual_protect: bool,
+}
+
+impl Rearmer {
+    /// Clears the log of the pages whose bit is set in `bits`, of region `slot` from `first_page` on (a multiple of
+    /// [`CLEAR_ALIGN_PAGES`]): writes from now on are logged anew. Nothing to do where reading the log has done it.
+    pub fn rearm(&self, slot: u32, first_page: u64, bits: &[u64]) -> Result<(), MemoryError> {
         if !self.manual_protect || bits.iter().all(|word| *word == 0) {
             return Ok(());
         }
         let slot_pages = self.memory.iter().nth(slot as usize).map_or(0, |region| region.len() / PAGE_BYTES);
-        let num_pages = (bits.len() as u64 * 64).min(slot_pages.saturating_sub(first_page));
-        let mut clear = kvm_clear_dirty_log { slot, num_pages: num_pages as u32, first_page, ..Default::default() };
-        clear.__bindgen_anon_1.dirty_bitmap = bits.as_ptr() as *mut std::ffi::c_void;
+        let num_pages = (bits.len() as u64 * 64).min(slot_pages.saturating_sub(first_page)) as u32;
+        let mut clear = kvm_clear_dirty_log { slot, num_pages, first_page, ..Default::default() };
+        clear.__bindgen_anon_1.dirty_bitmap = bits.as_ptr().cast_mut().cast();
         // SAFETY: KVM reads `num_pages` bits of the bitmap, and `bits` has at least as many; it does not write to it.
-        if unsafe { ioctl_with_ref(vm, ioctl::KVM_CLEAR_DIRTY_LOG(), &clear) } < 0 {
+        if unsafe { ioctl_with_ref(&*self.vm, ioctl::KVM_CLEAR_DIRTY_LOG(), &clear) } < 0 {
             let source = vmm_sys_util::errno::Error::last();
             return Err(MemoryError::Slot { operation: "KVM_CLEAR_DIRTY_LOG", slot, source });
         }

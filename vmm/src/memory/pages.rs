@@ -17,6 +17,15 @@ use super::{GuestMemoryMmap, PAGE_BYTES, SharedMemory};
 /// The most vectors of one system call (IOV_MAX on Linux).
 const MAX_VECTORS: usize = 1024;
 
+/// A piece of what is written to a stream.
+#[derive(Debug, Clone)]
+pub enum Part<'a> {
+    /// Bytes of the caller's.
+    Bytes(&'a [u8]),
+    /// Guest pages, by number.
+    Pages(Range<u64>),
+}
+
 /// Guest memory as an array of pages.
 #[derive(Clone)]
 pub struct Pages {
@@ -59,27 +68,35 @@ impl Pages {
         }))
     }
 
-    /// Writes `header`, then the pages of `runs`, to `to` (blocking), with as few system calls as the kernel allows.
-    pub fn write_to(&self, header: &[u8], runs: &[Range<u64>], to: BorrowedFd<'_>) -> io::Result<()> {
-        let mut vectors = vec![libc::iovec { iov_base: header.as_ptr() as *mut _, iov_len: header.len() }];
-        for run in runs {
-            for slice in self.slices(run)? {
-                vectors.push(libc::iovec { iov_base: slice.ptr_guard().as_ptr() as *mut _, iov_len: slice.len() });
+    /// Writes all of `parts` to `to` (blocking), in order, with as few system calls as the kernel allows.
+    pub fn write_to(&self, parts: &[Part<'_>], to: BorrowedFd<'_>) -> io::Result<()> {
+        let mut vectors = Vec::with_capacity(parts.len());
+        for part in parts {
+            match part {
+                Part::Bytes(bytes) => {
+                    vectors.push(libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() });
+                }
+                Part::Pages(run) => vectors.extend(self.slices(run)?.map(|slice| libc::iovec {
+                    iov_base: slice.ptr_guard().as_ptr().cast_mut().cast(),
+                    iov_len: slice.len(),
+                })),
             }
         }
-        // SAFETY: the vectors are `header`, borrowed, and guest memory, which `self` keeps mapped; the kernel only reads them.
+        // SAFETY: the vectors are borrowed bytes, and guest memory, which `self` keeps mapped; the kernel only reads them.
         transfer(&mut vectors, |part| unsafe { libc::writev(to.as_raw_fd(), part.as_ptr(), part.len() as i32) })
     }
 
-    /// Fills the pages of `runs` from `from` (blocking).
-    pub fn read_from(&self, runs: &[Range<u64>], from: BorrowedFd<'_>) -> io::Result<()> {
-        let mut vectors = Vec::with_capacity(runs.len());
+    /// Fills the pages of `runs`, then `tail`, from `from` (blocking).
+    pub fn read_from(&self, runs: &[Range<u64>], tail: &mut [u8], from: BorrowedFd<'_>) -> io::Result<()> {
+        let mut vectors = Vec::with_capacity(runs.len() + 1);
         for run in runs {
-            for slice in self.slices(run)? {
-                vectors.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
-            }
+            vectors.extend(
+                self.slices(run)?
+                    .map(|slice| libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() }),
+            );
         }
-        // SAFETY: the vectors are guest memory, which `self` keeps mapped and nobody holds references to.
+        vectors.push(libc::iovec { iov_base: tail.as_mut_ptr().cast(), iov_len: tail.len() });
+        // SAFETY: the vectors are `tail`, borrowed, and guest memory, which `self` keeps mapped and nobody holds references to.
         transfer(&mut vectors, |part| unsafe { libc::readv(from.as_raw_fd(), part.as_ptr(), part.len() as i32) })?;
         for run in runs {
             self.slices(run)?.for_each(|slice| slice.bitmap().mark_dirty(0, slice.len()));
@@ -189,13 +206,15 @@ mod tests {
             source.copy_in(page.into(), &[page + 1; 4096]).unwrap();
         }
         let (mut a, b) = UnixStream::pair().unwrap();
-        let runs = [1..5, 7..8];
+        let parts = [Part::Bytes(b"head"), Part::Pages(1..5), Part::Pages(7..8), Part::Bytes(b"!")];
+        let (runs, mut tail) = ([1..5, 7..8], [0]);
         std::thread::scope(|scope| {
-            scope.spawn(|| source.write_to(b"head", &runs, b.as_fd()).unwrap());
+            scope.spawn(|| source.write_to(&parts, b.as_fd()).unwrap());
             let mut head = [0; 4];
             io::Read::read_exact(&mut a, &mut head).unwrap();
             assert_eq!(&head, b"head");
-            destination.read_from(&runs, a.as_fd()).unwrap();
+            destination.read_from(&runs, &mut tail, a.as_fd()).unwrap();
+            assert_eq!(&tail, b"!");
         });
         let mut all = vec![0; 8 * 4096];
         destination.copy_out(0, &mut all).unwrap();
@@ -226,8 +245,8 @@ mod tests {
         let (a, _b) = UnixStream::pair().unwrap();
         assert!(pages.is_zero(8).is_err());
         assert!(pages.copy_in(7, &[0; 8192]).is_err());
-        assert!(pages.write_to(&[], &[0..9], a.as_fd()).is_err());
-        assert!(pages.read_from(&[u64::MAX..u64::MAX], a.as_fd()).is_err());
+        assert!(pages.write_to(&[Part::Pages(0..9)], a.as_fd()).is_err());
+        assert!(pages.read_from(&[u64::MAX..u64::MAX], &mut [], a.as_fd()).is_err());
     }
 
     #[test]
@@ -235,6 +254,6 @@ mod tests {
         let pages = pages();
         let (a, b) = UnixStream::pair().unwrap();
         drop(b);
-        assert_eq!(pages.read_from(&[0..1], a.as_fd()).unwrap_err().kind(), ErrorKind::UnexpectedEof);
+        assert_eq!(pages.read_from(&[0..1], &mut [], a.as_fd()).unwrap_err().kind(), ErrorKind::UnexpectedEof);
     }
 }

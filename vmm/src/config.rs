@@ -1,0 +1,111 @@
+//! What a VM is made of, checked.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::arch::layout::{MAX_MEMORY_BYTES, MAX_VIRTIO_DEVICES, MIN_MEMORY_BYTES};
+
+/// The most vCPUs of a VM: local APIC ids without x2APIC end at 254; far fewer are "small".
+pub const MAX_CPUS: u8 = 64;
+/// The most network interfaces: one virtio slot is the random-number generator's.
+pub const MAX_NICS: usize = MAX_VIRTIO_DEVICES - 1;
+
+/// An Ethernet address.
+pub type MacAddr = [u8; 6];
+
+/// The machine that a guest sees. Both sides of a migration build it from the same description.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmConfig {
+    /// vCPUs.
+    pub cpus: u8,
+    /// RAM in bytes.
+    pub memory_bytes: u64,
+    /// Network interfaces, in the order in which the guest finds them.
+    pub nics: Vec<NicConfig>,
+}
+
+/// A network interface as the guest sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicConfig {
+    /// Its address.
+    pub mac: MacAddr,
+    /// The guest's addresses on it, as far as the user told; more are learned from what the guest sends.
+    pub ips: Vec<IpAddr>,
+}
+
+/// A machine that cannot be.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// No vCPU, or too many.
+    #[error("{0} vCPUs: a VM has 1 to {MAX_CPUS}")]
+    Cpus(u8),
+    /// Memory out of range.
+    #[error("{0} bytes of memory: a VM has a multiple of 1 MiB from {min} MiB to {max} GiB", min = MIN_MEMORY_BYTES >> 20, max = MAX_MEMORY_BYTES >> 30)]
+    Memory(u64),
+    /// Too many interfaces.
+    #[error("{0} network interfaces: a VM has at most {MAX_NICS}")]
+    Nics(usize),
+    /// A multicast or zero MAC address.
+    #[error("{} cannot be an interface's MAC address: it must be unicast (first byte even) and not zero", format_mac(.0))]
+    Mac(MacAddr),
+    /// Two interfaces with one address.
+    #[error("two network interfaces have the MAC address {}", format_mac(.0))]
+    DuplicateMac(MacAddr),
+}
+
+/// `52:54:00:12:34:56`.
+pub fn format_mac(mac: &MacAddr) -> String {
+    mac.map(|b| format!("{b:02x}")).join(":")
+}
+
+impl VmConfig {
+    /// Checks all of it.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let VmConfig { cpus, memory_bytes, nics } = self;
+        if !(1..=MAX_CPUS).contains(cpus) {
+            return Err(ConfigError::Cpus(*cpus));
+        }
+        if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(memory_bytes) || !memory_bytes.is_multiple_of(1 << 20) {
+            return Err(ConfigError::Memory(*memory_bytes));
+        }
+        if nics.len() > MAX_NICS {
+            return Err(ConfigError::Nics(nics.len()));
+        }
+        for (i, nic) in nics.iter().enumerate() {
+            if nic.mac[0] & 1 != 0 || nic.mac == [0; 6] {
+                return Err(ConfigError::Mac(nic.mac));
+            }
+            if nics[..i].iter().any(|other| other.mac == nic.mac) {
+                return Err(ConfigError::DuplicateMac(nic.mac));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn impossible_machines_are_named() {
+        let nic = |last| NicConfig { mac: [0x52, 0x54, 0, 0, 0, last], ips: vec![] };
+        let good = VmConfig { cpus: 2, memory_bytes: 256 << 20, nics: vec![nic(1), nic(2)] };
+        assert_eq!(good.validate(), Ok(()));
+        let with = |change: fn(&mut VmConfig)| {
+            let mut config = good.clone();
+            change(&mut config);
+            config.validate().unwrap_err()
+        };
+        assert_eq!(with(|c| c.cpus = 0), ConfigError::Cpus(0));
+        assert_eq!(with(|c| c.cpus = 65), ConfigError::Cpus(65));
+        assert_eq!(with(|c| c.memory_bytes = 0), ConfigError::Memory(0));
+        assert_eq!(with(|c| c.memory_bytes += 4096), ConfigError::Memory((256 << 20) + 4096));
+        assert_eq!(with(|c| c.memory_bytes = 1 << 40), ConfigError::Memory(1 << 40));
+        assert_eq!(with(|c| c.nics = vec![c.nics[0].clone(); 8]), ConfigError::Nics(8));
+        assert!(matches!(with(|c| c.nics[1] = c.nics[0].clone()), ConfigError::DuplicateMac(_)));
+        assert!(matches!(with(|c| c.nics[0].mac[0] = 1), ConfigError::Mac(_)));
+        assert!(matches!(with(|c| c.nics[0].mac = [0; 6]), ConfigError::Mac(_)));
+    }
+}

@@ -1,0 +1,264 @@
+//! The state of everything but memory, as versioned sections.
+//!
+//! A section is `(kind, instance, version)` and bytes (postcard). Saving and restoring destructure exhaustively, so that a new
+//! field does not build until both handle it. Restoring takes a set of sections that fits the machine exactly: a missing, doubled
+//! or unknown section is an error, before anything is changed.
+//!
+//! Order of restoring: interrupt controllers and PIT first (devices raise lines into them), then vCPUs, then devices, the
+//! kvm-clock last, so that as little time as possible passes between its computation and the first KVM_RUN.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip, kvm_pit_state2,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::devices::power::{PowerState, PowerStateError};
+use crate::devices::serial::{SerialState, SerialStateError};
+use crate::vcpu::state::{self as vcpu_state, VcpuState, VcpuStateError};
+use crate::vm::{RunState, Vm};
+
+/// One piece of saved state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Section {
+    /// What it is the state of: see [`kind`].
+    pub kind: u16,
+    /// Which one of these: vCPU number, virtio slot; 0 where there is one.
+    pub instance: u16,
+    /// Version of the bytes.
+    pub version: u16,
+    /// Postcard of the kind's saved type.
+    pub bytes: Vec<u8>,
+}
+
+/// The kinds of sections. Numbers are never used again for another meaning.
+pub mod kind {
+    /// Interrupt controllers, PIT and clock of the machine.
+    pub const MACHINE: u16 = 1;
+    /// A vCPU.
+    pub const VCPU: u16 = 2;
+    /// COM1.
+    pub const SERIAL: u16 = 3;
+    /// Power registers.
+    pub const POWER: u16 = 4;
+    /// A virtio-mmio slot: transport, queues and device.
+    pub const VIRTIO: u16 = 5;
+
+    /// Its name for messages.
+    pub fn name(kind: u16) -> &'static str {
+        match kind {
+            MACHINE => "machine",
+            VCPU => "vcpu",
+            SERIAL => "serial",
+            POWER => "power",
+            VIRTIO => "virtio",
+            _ => "unknown",
+        }
+    }
+}
+
+/// The version that is written, of every kind. The one before it loads too, once there is one.
+pub const VERSION: u16 = 1;
+/// The largest section that is taken; the largest written is a vCPU's, about 10 KiB.
+const MAX_SECTION_BYTES: usize = 1 << 20;
+
+/// State could not be saved or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The VM runs.
+    #[error("the VM must be paused")]
+    Running,
+    /// KVM refused something.
+    #[error("{ioctl} failed")]
+    Kvm {
+        /// Which call.
+        ioctl: &'static str,
+        /// KVM's answer.
+        #[source]
+        source: vmm_sys_util::errno::Error,
+    },
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuStateError),
+    /// The serial port.
+    #[error(transparent)]
+    Serial(#[from] SerialStateError),
+    /// The power registers.
+    #[error(transparent)]
+    Power(#[from] PowerStateError),
+    /// A section that this machine has no part for.
+    #[error("saved state has a section that this machine has no use for: {} {instance}", kind::name(*.kind))]
+    Unknown {
+        /// Its kind.
+        kind: u16,
+        /// Its instance.
+        instance: u16,
+    },
+    /// Two sections for one part.
+    #[error("saved state has the section {} {instance} twice", kind::name(*.kind))]
+    Twice {
+        /// Its kind.
+        kind: u16,
+        /// Its instance.
+        instance: u16,
+    },
+    /// A part without a section.
+    #[error("saved state lacks the section {} {instance}", kind::name(*.kind))]
+    Missing {
+        /// Its kind.
+        kind: u16,
+        /// Its instance.
+        instance: u16,
+    },
+    /// Another version.
+    #[error("saved state: section {} has version {version}, this program reads version {VERSION}", kind::name(*.kind))]
+    Version {
+        /// Its kind.
+        kind: u16,
+        /// Its version.
+        version: u16,
+    },
+    /// The bytes are not what the kind says.
+    #[error("saved state: section {} {instance} is damaged", kind::name(*.kind))]
+    Damaged {
+        /// Its kind.
+        kind: u16,
+        /// Its instance.
+        instance: u16,
+        /// What the decoder says.
+        #[source]
+        source: postcard::Error,
+    },
+    /// A section is implausibly large.
+    #[error("saved state: section {} {instance} has {bytes} bytes, at most {MAX_SECTION_BYTES} are possible", kind::name(*.kind))]
+    TooLarge {
+        /// Its kind.
+        kind: u16,
+        /// Its instance.
+        instance: u16,
+        /// Its length.
+        bytes: usize,
+    },
+}
+
+/// Interrupt controllers, PIT and clock.
+#[derive(Serialize, Deserialize)]
+struct MachineState {
+    pic_master: kvm_irqchip,
+    pic_slave: kvm_irqchip,
+    ioapic: kvm_irqchip,
+    pit: kvm_pit_state2,
+    clock: kvm_clock_data,
+}
+
+fn kvm(ioctl: &'static str) -> impl FnOnce(vmm_sys_util::errno::Error) -> SnapshotError {
+    move |source| SnapshotError::Kvm { ioctl, source }
+}
+
+fn section(kind: u16, instance: u16, state: &impl Serialize) -> Section {
+    let bytes = postcard::to_stdvec(state).expect("saved types serialize to memory");
+    Section { kind, instance, version: VERSION, bytes }
+}
+
+/// Sections by part; taken out one by one, so that what remains is what nobody wants.
+struct Sections(BTreeMap<(u16, u16), Section>);
+
+impl Sections {
+    fn new(sections: Vec<Section>) -> Result<Self, SnapshotError> {
+        let mut map = BTreeMap::new();
+        for section in sections {
+            let Section { kind, instance, version, ref bytes } = section;
+            if version != VERSION {
+                return Err(SnapshotError::Version { kind, version });
+            }
+            if bytes.len() > MAX_SECTION_BYTES {
+                return Err(SnapshotError::TooLarge { kind, instance, bytes: bytes.len() });
+            }
+            if map.insert((kind, instance), section).is_some() {
+                return Err(SnapshotError::Twice { kind, instance });
+            }
+        }
+        Ok(Sections(map))
+    }
+
+    fn take<T: DeserializeOwned>(&mut self, kind: u16, instance: u16) -> Result<T, SnapshotError> {
+        let section = self.0.remove(&(kind, instance)).ok_or(SnapshotError::Missing { kind, instance })?;
+        let damaged = |source| SnapshotError::Damaged { kind, instance, source };
+        match postcard::take_from_bytes(&section.bytes).map_err(damaged)? {
+            (state, []) => Ok(state),
+            (_, _) => Err(damaged(postcard::Error::DeserializeBadEncoding)),
+        }
+    }
+
+    fn done(self) -> Result<(), SnapshotError> {
+        match self.0.into_keys().next() {
+            Some((kind, instance)) => Err(SnapshotError::Unknown { kind, instance }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Vm {
+    /// The state of the paused VM.
+    pub fn save(&self) -> Result<Vec<Section>, SnapshotError> {
+        if self.state != RunState::Paused {
+            return Err(SnapshotError::Running);
+        }
+        let chip = |chip_id| {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            self.fd.get_irqchip(&mut chip).map(|()| chip).map_err(kvm("KVM_GET_IRQCHIP"))
+        };
+        let machine = MachineState {
+            pic_master: chip(KVM_IRQCHIP_PIC_MASTER)?,
+            pic_slave: chip(KVM_IRQCHIP_PIC_SLAVE)?,
+            ioapic: chip(KVM_IRQCHIP_IOAPIC)?,
+            pit: self.fd.get_pit2().map_err(kvm("KVM_GET_PIT2"))?,
+            clock: self.fd.get_clock().map_err(kvm("KVM_GET_CLOCK"))?,
+        };
+        let mut sections = vec![section(kind::MACHINE, 0, &machine)];
+        for vcpu in &self.vcpus {
+            let state = vcpu_state::save(vcpu.id(), &vcpu.fd(), &self.msr_indices)?;
+            sections.push(section(kind::VCPU, vcpu.id().into(), &state));
+        }
+        let serial = self.serial.lock().expect("no device panics").save();
+        sections.push(section(kind::SERIAL, 0, &serial));
+        let power = self.power.lock().expect("no device panics").save();
+        sections.push(section(kind::POWER, 0, &power));
+        Ok(sections)
+    }
+
+    /// Gives the state to a machine just built. `elapsed` has passed for the guest since it was saved: its clocks go on by it.
+    pub fn restore(&mut self, sections: Vec<Section>, elapsed: Duration) -> Result<(), SnapshotError> {
+        if self.state != RunState::Paused {
+            return Err(SnapshotError::Running);
+        }
+        let elapsed_ns = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
+        let mut sections = Sections::new(sections)?;
+        let machine: MachineState = sections.take(kind::MACHINE, 0)?;
+        let vcpus: Vec<VcpuState> =
+            self.vcpus.iter().map(|v| sections.take(kind::VCPU, v.id().into())).collect::<Result<_, _>>()?;
+        let serial: SerialState = sections.take(kind::SERIAL, 0)?;
+        let power: PowerState = sections.take(kind::POWER, 0)?;
+        sections.done()?;
+
+        let MachineState { pic_master, pic_slave, ioapic, pit, clock } = machine;
+        for (chip_id, mut chip) in
+            [(KVM_IRQCHIP_PIC_MASTER, pic_master), (KVM_IRQCHIP_PIC_SLAVE, pic_slave), (KVM_IRQCHIP_IOAPIC, ioapic)]
+        {
+            chip.chip_id = chip_id;
+            self.fd.set_irqchip(&chip).map_err(kvm("KVM_SET_IRQCHIP"))?;
+        }
+        self.fd.set_pit2(&pit).map_err(kvm("KVM_SET_PIT2"))?;
+        for (vcpu, state) in self.vcpus.iter().zip(&vcpus) {
+            vcpu_state::restore(vcpu.id(), &vcpu.fd(), state, elapsed_ns)?;
+        }
+        self.serial.lock().expect("no device panics").restore(serial)?;
+        self.power.lock().expect("no device panics").restore(power)?;
+        // Without KVM_CLOCK_REALTIME KVM takes the value as it is: what passed between the hosts is in `elapsed`.
+        let clock = kvm_clock_data { clock: clock.clock.saturating_add(elapsed_ns), ..Default::default() };
+        self.fd.set_clock(&clock).map_err(kvm("KVM_SET_CLOCK"))
+    }
+}

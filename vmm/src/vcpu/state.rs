@@ -1,0 +1,130 @@
+//! A vCPU's state, and the order in which KVM wants it read and written.
+//!
+//! Saving: `mp_state` first (KVM_GET_MP_STATE delivers pending INIT/SIPI events, which change the rest), events last but MSRs.
+//! Restoring: CPUID before all (it decides what the rest may hold); SREGS before the local APIC (they hold the APIC base); the
+//! local APIC before MSRs, or a TSC-deadline timer is set on an APIC that is not in that mode and dies without a word; the TSC
+//! before its deadline; events and `mp_state` last.
+
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::VcpuFd;
+use serde::{Deserialize, Serialize};
+
+use crate::arch::msr::{self, IA32_TSC, IA32_TSC_DEADLINE, MsrError};
+
+/// All of a vCPU.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct VcpuState {
+    pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
+    pub(crate) tsc_khz: u32,
+    pub(crate) mp_state: kvm_mp_state,
+    pub(crate) regs: kvm_regs,
+    pub(crate) sregs: kvm_sregs,
+    pub(crate) xsave: kvm_xsave,
+    pub(crate) xcrs: kvm_xcrs,
+    pub(crate) debug_regs: kvm_debugregs,
+    pub(crate) lapic: kvm_lapic_state,
+    pub(crate) msrs: Vec<kvm_msr_entry>,
+    pub(crate) events: kvm_vcpu_events,
+}
+
+/// KVM would not give or take a part of a vCPU's state.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuStateError {
+    /// An ioctl failed.
+    #[error("vCPU {id}: {ioctl} failed")]
+    Ioctl {
+        /// Which vCPU.
+        id: u8,
+        /// Which call.
+        ioctl: &'static str,
+        /// KVM's answer.
+        #[source]
+        source: vmm_sys_util::errno::Error,
+    },
+    /// MSRs failed.
+    #[error("vCPU {id}")]
+    Msr {
+        /// Which vCPU.
+        id: u8,
+        /// Why.
+        #[source]
+        source: MsrError,
+    },
+    /// The saved state is not one of a vCPU.
+    #[error("vCPU {id}: saved state has {what}")]
+    Invalid {
+        /// Which vCPU.
+        id: u8,
+        /// What cannot be.
+        what: String,
+    },
+}
+
+/// The most MSRs that are taken from saved state; hosts list about a hundred.
+const MAX_MSRS: usize = 512;
+
+/// Reads the state of the parked vCPU `id`; `msr_indices` are those that this host saves.
+pub fn save(id: u8, fd: &VcpuFd, msr_indices: &[u32]) -> Result<VcpuState, VcpuStateError> {
+    let ioctl = |ioctl| move |source| VcpuStateError::Ioctl { id, ioctl, source };
+    let mp_state = fd.get_mp_state().map_err(ioctl("KVM_GET_MP_STATE"))?;
+    Ok(VcpuState {
+        mp_state,
+        cpuid: fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("KVM_GET_CPUID2"))?.as_slice().to_vec(),
+        tsc_khz: fd.get_tsc_khz().map_err(ioctl("KVM_GET_TSC_KHZ"))?,
+        regs: fd.get_regs().map_err(ioctl("KVM_GET_REGS"))?,
+        sregs: fd.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?,
+        xsave: fd.get_xsave().map_err(ioctl("KVM_GET_XSAVE"))?,
+        xcrs: fd.get_xcrs().map_err(ioctl("KVM_GET_XCRS"))?,
+        debug_regs: fd.get_debug_regs().map_err(ioctl("KVM_GET_DEBUGREGS"))?,
+        lapic: fd.get_lapic().map_err(ioctl("KVM_GET_LAPIC"))?,
+        msrs: msr::read(fd, msr_indices).map_err(|source| VcpuStateError::Msr { id, source })?,
+        events: fd.get_vcpu_events().map_err(ioctl("KVM_GET_VCPU_EVENTS"))?,
+    })
+}
+
+/// Sets the state of the parked, fresh vCPU `id`. Its TSC has gone on for `elapsed_ns` since it was saved.
+pub fn restore(id: u8, fd: &VcpuFd, state: &VcpuState, elapsed_ns: u64) -> Result<(), VcpuStateError> {
+    let VcpuState { cpuid, tsc_khz, mp_state, regs, sregs, xsave, xcrs, debug_regs, lapic, msrs, events } = state;
+    let ioctl = |ioctl| move |source| VcpuStateError::Ioctl { id, ioctl, source };
+    if msrs.len() > MAX_MSRS {
+        return Err(VcpuStateError::Invalid { id, what: format!("{} MSRs", msrs.len()) });
+    }
+    let cpuid = kvm_bindings::CpuId::from_entries(cpuid)
+        .ok()
+        .filter(|c| c.as_slice().len() <= KVM_MAX_CPUID_ENTRIES)
+        .ok_or_else(|| VcpuStateError::Invalid { id, what: format!("{} CPUID entries", cpuid.len()) })?;
+    fd.set_cpuid2(&cpuid).map_err(ioctl("KVM_SET_CPUID2"))?;
+    // Needed only where the frequency differs, and refused where the host cannot scale: the preflight has compared them.
+    if fd.get_tsc_khz().map_err(ioctl("KVM_GET_TSC_KHZ"))? != *tsc_khz {
+        fd.set_tsc_khz(*tsc_khz).map_err(ioctl("KVM_SET_TSC_KHZ"))?;
+    }
+    fd.set_regs(regs).map_err(ioctl("KVM_SET_REGS"))?;
+    set_xsave(fd, xsave).map_err(ioctl("KVM_SET_XSAVE"))?;
+    fd.set_xcrs(xcrs).map_err(ioctl("KVM_SET_XCRS"))?;
+    fd.set_sregs(sregs).map_err(ioctl("KVM_SET_SREGS"))?;
+    fd.set_debug_regs(debug_regs).map_err(ioctl("KVM_SET_DEBUGREGS"))?;
+    fd.set_lapic(lapic).map_err(ioctl("KVM_SET_LAPIC"))?;
+    let elapsed_ticks = (u128::from(elapsed_ns) * u128::from(*tsc_khz) / 1_000_000) as u64;
+    let mut msrs = msrs.clone();
+    for tsc in msrs.iter_mut().filter(|m| m.index == IA32_TSC) {
+        tsc.data = tsc.data.wrapping_add(elapsed_ticks);
+    }
+    // The TSC first, its deadline last; the others keep their order.
+    msrs.sort_by_key(|m| match m.index {
+        IA32_TSC => 0,
+        IA32_TSC_DEADLINE => 2,
+        _ => 1,
+    });
+    msr::write(fd, &msrs).map_err(|source| VcpuStateError::Msr { id, source })?;
+    fd.set_vcpu_events(events).map_err(ioctl("KVM_SET_VCPU_EVENTS"))?;
+    fd.set_mp_state(*mp_state).map_err(ioctl("KVM_SET_MP_STATE"))
+}
+
+#[allow(unsafe_code)]
+fn set_xsave(fd: &VcpuFd, xsave: &kvm_xsave) -> Result<(), vmm_sys_util::errno::Error> {
+    // SAFETY: KVM reads 4096 bytes unless the process asked for dynamic XSAVE features (AMX) for its guests, and it never does.
+    unsafe { fd.set_xsave(xsave) }
+}
