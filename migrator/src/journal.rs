@@ -1,0 +1,1 @@
+//! The handoff journal in a file.
