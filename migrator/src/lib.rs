@@ -10,12 +10,15 @@ pub mod announce;
 pub mod bitmap;
 pub mod driver;
 pub mod error;
+#[cfg(test)]
+mod golden;
 pub mod handle;
 pub mod handoff;
 pub mod id;
 pub mod journal;
 pub mod layout;
 pub mod options;
+pub mod pages;
 pub mod precopy;
 pub mod report;
 pub mod traits;

@@ -1,36 +1,10 @@
 //! Questions to a host's agent: "will you take this VM?", "what became of migration ID?".
 
-use serde::{Deserialize, Serialize};
-
 use crate::id::MigrationId;
-use crate::traits::{Connection, Dialer, Refusal, VmDescription};
+use crate::traits::{Connection, Dialer, Refusal};
 use crate::transport::ConnectError;
 
-/// "Will you take this VM?"
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Offer {
-    /// The attempt.
-    pub id: MigrationId,
-    /// What is offered.
-    pub vm: VmDescription,
-    /// How many page streams there will be.
-    pub streams: u16,
-    /// Memory will be compared by hash.
-    pub verify: bool,
-}
-
-/// "What became of migration ID?"
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum AskAnswer {
-    /// The VM is the destination's.
-    Running = 1,
-    /// The destination gave the attempt up for good.
-    GaveUp = 2,
-    /// Not decided yet, or not to be found out now: ask again.
-    Pending = 3,
-}
+pub use crate::wire::message::{AskAnswer, Offer};
 
 /// What an agent answers requests with.
 pub trait Requests {
