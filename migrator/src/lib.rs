@@ -1,3 +1,33 @@
 //! Moving a virtual machine between two hosts: wire protocol, source and destination machines, convergence,
 //! commit protocol, announcement. Knows nothing of KVM: a VM is what implements [`traits`].
+//!
+//! Pure, that is without socket, thread and clock: `source` and `destination` (each has one function in which the
+//! order of the phases can be read), [`handoff`], [`precopy`], [`wire`], [`bitmap`], [`announce`]. The I/O is in
+//! [`driver`] and [`transport`]. `docs/migration-protocol.md` is the map.
 #![forbid(unsafe_code)]
+
+pub mod announce;
+pub mod bitmap;
+pub mod driver;
+pub mod error;
+#[cfg(test)]
+mod golden;
+pub mod handle;
+pub mod handoff;
+pub mod id;
+pub mod journal;
+pub mod layout;
+pub mod options;
+pub mod pages;
+pub mod precopy;
+pub mod report;
+pub mod traits;
+pub mod transport;
+pub mod wire;
+
+pub use driver::{Arrived, Incoming, ReceiveError, Received, migrate, receive};
+pub use error::MigrateError;
+pub use handle::MigrationHandle;
+pub use id::MigrationId;
+pub use options::{Mode, Options, ReceiveOptions};
+pub use report::{Outcome, Owner, Phase, Progress, Report};

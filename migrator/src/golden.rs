@@ -1,0 +1,23 @@
+//! Golden files: bytes that must never change within a version of a format. `GOLDEN=write cargo test` makes missing ones.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+/// Compares bytes with `tests/golden/v1/<name>.hex`.
+pub(crate) fn check(name: &str, bytes: &[u8]) {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1").join(format!("{name}.hex"));
+    let mut text = String::new();
+    for line in bytes.chunks(16) {
+        for byte in line {
+            write!(text, "{byte:02x} ").unwrap();
+        }
+        text.pop();
+        text.push('\n');
+    }
+    if std::env::var_os("GOLDEN").is_some() && !path.exists() {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, &text).unwrap();
+    }
+    let golden = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    assert_eq!(text, golden, "{name} no longer has the bytes of its golden file");
+}

@@ -1,0 +1,138 @@
+//! What the user can ask for, and the limits that keep a migration from hanging.
+
+use std::time::Duration;
+
+use crate::announce::Schedule;
+
+/// How memory moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// Copy while the guest runs, pause it for the rest.
+    #[default]
+    PreCopy,
+    /// Pause first, then copy everything. Moves any guest, with a long blackout.
+    StopAndCopy,
+}
+
+impl Mode {
+    /// As the command line and the report write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PreCopy => "pre-copy",
+            Self::StopAndCopy => "stop-and-copy",
+        }
+    }
+}
+
+/// What was asked of the source.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    /// How this host is called, for the report; may be empty.
+    pub from: String,
+    /// How memory moves.
+    pub mode: Mode,
+    /// The longest predicted blackout with which to switch over.
+    pub max_downtime: Duration,
+    /// How long everything up to the switchover may take; none: as long as it makes progress.
+    pub timeout: Option<Duration>,
+    /// The most bytes per second that pages may take on the wire; none: as fast as the link.
+    pub bandwidth: Option<u64>,
+    /// Page streams, 1 to [`crate::wire::MAX_STREAMS`].
+    pub streams: u16,
+    /// Hash all RAM at both ends within the blackout and compare. For tests and for the distrustful.
+    pub verify: bool,
+    /// When pre-copy gives up.
+    pub convergence: Convergence,
+    /// Limits on waiting.
+    pub timeouts: Timeouts,
+    /// When to announce, after the guest runs.
+    pub announce: Schedule,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            from: String::new(),
+            mode: Mode::PreCopy,
+            max_downtime: Duration::from_millis(50),
+            timeout: None,
+            bandwidth: None,
+            streams: 1,
+            verify: false,
+            convergence: Convergence::default(),
+            timeouts: Timeouts::default(),
+            announce: Schedule::default(),
+        }
+    }
+}
+
+/// When pre-copy counts as going nowhere.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Convergence {
+    /// So many rounds in a row without a better prediction ...
+    pub stall_rounds: u32,
+    /// ... that together took at least so long. Both must hold: a guest may have bursts.
+    pub stall_time: Duration,
+    /// A prediction is better if it is below the best one so far by this fraction.
+    pub improvement: f64,
+    /// Never more rounds than this.
+    pub max_rounds: u32,
+}
+
+impl Default for Convergence {
+    fn default() -> Self {
+        Self { stall_rounds: 4, stall_time: Duration::from_secs(3), improvement: 0.05, max_rounds: 1000 }
+    }
+}
+
+/// How long to wait for what, at either side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// For a TCP connection and its preamble.
+    pub connect: Duration,
+    /// For the answer to a request (an offer, a question).
+    pub request: Duration,
+    /// For the destination to build the VM.
+    pub prepare: Duration,
+    /// Between two PINGs on the control connection.
+    pub keepalive: Duration,
+    /// A control connection on which nothing came for so long is dead.
+    pub dead_after: Duration,
+    /// A page stream on which nothing could be sent for so long is dead.
+    pub page_stall: Duration,
+    /// A switchover that has not reached the commit point after so long, or after ten times the allowed downtime if
+    /// that is longer, is undone: the guest must not stand still for nothing.
+    pub switchover: Duration,
+    /// After COMMIT: how long to wait for RUNNING before saying `in-doubt` and asking on a connection of its own.
+    pub running: Duration,
+    /// First wait between two questions when in doubt; doubles up to `ask_max`.
+    pub ask_min: Duration,
+    /// Longest wait between two questions when in doubt.
+    pub ask_max: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(5),
+            request: Duration::from_secs(10),
+            prepare: Duration::from_secs(30),
+            keepalive: Duration::from_secs(1),
+            dead_after: Duration::from_secs(5),
+            page_stall: Duration::from_secs(10),
+            switchover: Duration::from_secs(3),
+            running: Duration::from_secs(3),
+            ask_min: Duration::from_millis(100),
+            ask_max: Duration::from_secs(5),
+        }
+    }
+}
+
+/// What the receiving side may choose.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ReceiveOptions {
+    /// Limits on waiting.
+    pub timeouts: Timeouts,
+    /// When to announce, after the guest runs.
+    pub announce: Schedule,
+}

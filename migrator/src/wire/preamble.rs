@@ -1,0 +1,221 @@
+//! The first bytes of every connection, in clear text also where TLS follows: nothing in them is secret.
+//!
+//! Both directions have the same frame (magic, length, version, then what that version says), so that any version can
+//! be told apart from any other and from what is no microvm at all, before it is understood.
+
+use std::fmt;
+
+use super::{Fields, MAX_STREAMS, VERSION, WireError};
+use crate::id::MigrationId;
+
+/// What a preamble and its answer begin with.
+pub const MAGIC: [u8; 8] = *b"MICROVM\n";
+/// Magic and length: what must be read to know how much more to read.
+pub const HEAD_BYTES: usize = 10;
+/// The most bytes after the head.
+pub const MAX_BODY_BYTES: usize = 1024;
+
+const PREAMBLE: &str = "preamble";
+const WELCOME: &str = "preamble answer";
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Role {
+    /// Questions to the host's agent.
+    Request = 1,
+    /// Messages of one migration.
+    Control = 2,
+    /// Pages of one migration.
+    Pages = 3,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Request => "request",
+            Self::Control => "control",
+            Self::Pages => "pages",
+        })
+    }
+}
+
+/// What the connecting side says first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Preamble {
+    /// What the connection is for.
+    pub role: Role,
+    /// Number of the page stream, from 0; 0 for the other roles.
+    pub stream: u16,
+    /// The attempt.
+    pub id: MigrationId,
+}
+
+/// What the accepting side answers.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Welcome {
+    /// Go on.
+    Accepted,
+    /// No, for this reason. The connection ends.
+    Refused(String),
+}
+
+/// Reads the head of a preamble or of its answer: how many bytes follow.
+pub fn body_length(head: &[u8; HEAD_BYTES]) -> Result<usize, WireError> {
+    let mut fields = Fields::new(PREAMBLE, head);
+    if fields.array()? != MAGIC {
+        return Err(WireError::Magic);
+    }
+    let length = fields.u16()? as usize;
+    if length > MAX_BODY_BYTES {
+        return Err(WireError::TooLong { kind: PREAMBLE, length: length as u64, cap: MAX_BODY_BYTES as u64 });
+    }
+    Ok(length)
+}
+
+fn frame(body: &[u8]) -> Vec<u8> {
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend((body.len() as u16).to_le_bytes());
+    bytes.extend(body);
+    bytes
+}
+
+fn version(fields: &mut Fields<'_>) -> Result<(), WireError> {
+    match fields.u16()? {
+        VERSION => Ok(()),
+        theirs => Err(WireError::Version { theirs }),
+    }
+}
+
+impl Preamble {
+    /// The bytes, head included.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut body = VERSION.to_le_bytes().to_vec();
+        body.extend([self.role as u8, 0]);
+        body.extend(self.stream.to_le_bytes());
+        body.extend(self.id.0);
+        frame(&body)
+    }
+
+    /// From the bytes after the head.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields::new(PREAMBLE, body);
+        version(&mut fields)?;
+        let role = match fields.u8()? {
+            1 => Role::Request,
+            2 => Role::Control,
+            3 => Role::Pages,
+            other => return Err(fields.value("role", other.into())),
+        };
+        let reserved = fields.u8()?;
+        if reserved != 0 {
+            return Err(fields.value("reserved", reserved.into()));
+        }
+        let stream = fields.u16()?;
+        if stream >= MAX_STREAMS || role != Role::Pages && stream != 0 {
+            return Err(fields.value("stream", stream.into()));
+        }
+        let id = MigrationId(fields.array()?);
+        fields.end()?;
+        Ok(Self { role, stream, id })
+    }
+}
+
+impl Welcome {
+    /// The bytes, head included. A long reason is cut.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut body = VERSION.to_le_bytes().to_vec();
+        match self {
+            Self::Accepted => body.extend(0u16.to_le_bytes()),
+            Self::Refused(reason) => {
+                body.extend(1u16.to_le_bytes());
+                let end = reason.floor_char_boundary(MAX_BODY_BYTES - body.len());
+                body.extend(&reason.as_bytes()[..end]);
+            }
+        }
+        frame(&body)
+    }
+
+    /// From the bytes after the head. An acceptor of another version is told by its version, whatever else it says.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields::new(WELCOME, body);
+        version(&mut fields)?;
+        match fields.u16()? {
+            0 => fields.end().map(|()| Self::Accepted),
+            1 => fields.text().map(Self::Refused),
+            other => Err(fields.value("status", other.into())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn split(bytes: &[u8]) -> (usize, &[u8]) {
+        let (head, body) = bytes.split_first_chunk().unwrap();
+        (body_length(head).unwrap(), body)
+    }
+
+    #[test]
+    fn golden() {
+        let preamble = Preamble { role: Role::Pages, stream: 3, id: MigrationId(std::array::from_fn(|n| n as u8)) };
+        crate::golden::check("preamble", &preamble.encode());
+        crate::golden::check("preamble-answer-accepted", &Welcome::Accepted.encode());
+        crate::golden::check("preamble-answer-refused", &Welcome::Refused("unknown migration".into()).encode());
+    }
+
+    proptest! {
+        #[test]
+        fn round_trip(role in prop::sample::select(vec![Role::Request, Role::Control, Role::Pages]), stream in 0..MAX_STREAMS,
+                      id in any::<[u8; 16]>(), reason in ".{0,2000}") {
+            let stream = if role == Role::Pages { stream } else { 0 };
+            let preamble = Preamble { role, stream, id: MigrationId(id) };
+            let bytes = preamble.encode();
+            let (length, body) = split(&bytes);
+            prop_assert_eq!(length, body.len());
+            prop_assert_eq!(Preamble::decode(body), Ok(preamble));
+            for cut in 0..body.len() { prop_assert!(Preamble::decode(&body[..cut]).is_err()); }
+            let bytes = Welcome::Refused(reason.clone()).encode();
+            let (length, body) = split(&bytes);
+            prop_assert!(length <= MAX_BODY_BYTES);
+            let Ok(Welcome::Refused(read)) = Welcome::decode(body) else { panic!() };
+            prop_assert!(reason.starts_with(&read));
+        }
+
+        #[test]
+        fn no_bytes_panic(head in any::<[u8; HEAD_BYTES]>(), body in prop::collection::vec(any::<u8>(), 0..64)) {
+            let _ = body_length(&head);
+            let _ = (Preamble::decode(&body), Welcome::decode(&body));
+        }
+    }
+
+    #[test]
+    fn hostile_fields() {
+        let good = Preamble { role: Role::Control, stream: 0, id: MigrationId([1; 16]) }.encode();
+        let body = &good[HEAD_BYTES..];
+        let with = |at: usize, value: u8| {
+            let mut bytes = body.to_vec();
+            bytes[at] = value;
+            Preamble::decode(&bytes)
+        };
+        assert_eq!(with(0, 2), Err(WireError::Version { theirs: 2 }));
+        assert_eq!(with(1, 1), Err(WireError::Version { theirs: 257 }));
+        for role in [0, 4, 255] {
+            assert!(matches!(with(2, role), Err(WireError::Value { field: "role", .. })));
+        }
+        assert!(matches!(with(3, 1), Err(WireError::Value { field: "reserved", .. })));
+        assert!(matches!(with(4, 1), Err(WireError::Value { field: "stream", .. })));
+        assert!(matches!(with(5, 255), Err(WireError::Value { field: "stream", .. })));
+        assert!(matches!(Preamble::decode(&[body, &[0]].concat()), Err(WireError::Trailing(..))));
+        let mut head: [u8; HEAD_BYTES] = good[..HEAD_BYTES].try_into().unwrap();
+        head[8..].copy_from_slice(&1025u16.to_le_bytes());
+        assert!(matches!(body_length(&head), Err(WireError::TooLong { .. })));
+        assert_eq!(body_length(b"HTTP/1.1 4"), Err(WireError::Magic));
+        assert_eq!(Welcome::decode(&[9, 0, 0, 0]), Err(WireError::Version { theirs: 9 }));
+        assert!(Welcome::decode(&[1, 0, 2, 0]).is_err() && Welcome::decode(&[1, 0, 0, 0, 0]).is_err());
+        assert!(Welcome::decode(&[1, 0, 1, 0, 0xff]).is_err(), "not UTF-8");
+    }
+}
