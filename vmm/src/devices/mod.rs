@@ -1,4 +1,5 @@
-//! The devices that a guest sees, and the buses that they sit on.
+//! The devices that a guest sees, the buses that they sit on, and the thread that serves them.
 
 pub mod bus;
+pub mod io_thread;
 pub mod virtio;
