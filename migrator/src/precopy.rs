@@ -1,10 +1,180 @@
 //! When to switch over: the policy of convergence.
+//!
+//! After each round the blackout is predicted: what is dirty now at the measured bandwidth, plus what a switchover costs
+//! however little is left. If that fits the allowed downtime, it is time. If it has not become better for some rounds
+//! and some time, it never will, and saying so early is worth more than copying on: the guest is slowed by the copy.
 
 use std::time::Duration;
 
+use crate::layout::PAGE_BYTES;
+use crate::options::Convergence;
+
+/// What a switchover costs however little memory is left. Guesses at first; each is replaced when it is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Costs {
+    /// Stopping vCPUs and devices.
+    pub pause: Duration,
+    /// Reading the dirty log.
+    pub collect: Duration,
+    /// Saving the state.
+    pub save: Duration,
+    /// There and back.
+    pub rtt: Duration,
+    /// Loading the state and starting, as the destination guesses it.
+    pub load: Duration,
+    /// A durable record at the source.
+    pub journal_here: Duration,
+    /// A durable record at the destination.
+    pub journal_there: Duration,
+}
+
+impl Default for Costs {
+    fn default() -> Self {
+        let ms = Duration::from_millis;
+        Self {
+            pause: ms(1),
+            collect: ms(1),
+            save: ms(1),
+            rtt: ms(1),
+            load: ms(2),
+            journal_here: ms(1),
+            journal_there: ms(1),
+        }
+    }
+}
+
+impl Costs {
+    /// All of them. The messages that must follow one another are the state, PREPARED and COMMIT: three ways.
+    pub fn total(&self) -> Duration {
+        let Self { pause, collect, save, rtt, load, journal_here, journal_there } = *self;
+        pause + collect + save + rtt * 3 / 2 + load + journal_here + journal_there
+    }
+}
+
+/// What to do after a round.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Verdict {
+    /// Copy what is dirty, and look again.
+    Another,
+    /// Switch over.
+    Switchover,
+    /// It leads nowhere.
+    GiveUp(NotConverging),
+}
+
+/// The policy and what it has seen.
+#[derive(Clone, Debug)]
+pub struct Precopy {
+    convergence: Convergence,
+    max_downtime: Duration,
+    /// The costs as known so far.
+    pub costs: Costs,
+    rounds: u32,
+    bandwidth: Option<f64>,
+    dirty_rate: Option<f64>,
+    looked_at: Option<Duration>,
+    best: Option<Best>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Best {
+    predicted: Duration,
+    round: u32,
+    at: Duration,
+}
+
+/// Bytes from which on a round tells the bandwidth and not the latency.
+const TELLING_BYTES: u64 = 1 << 20;
+/// Time from which on it does.
+const TELLING_TIME: Duration = Duration::from_millis(20);
+
+impl Precopy {
+    /// A policy that has seen nothing.
+    pub fn new(convergence: Convergence, max_downtime: Duration) -> Self {
+        Self {
+            convergence,
+            max_downtime,
+            costs: Costs::default(),
+            rounds: 0,
+            bandwidth: None,
+            dirty_rate: None,
+            looked_at: None,
+            best: None,
+        }
+    }
+
+    /// The dirty log begins: what is dirty later was dirtied since `now`.
+    pub fn begin(&mut self, now: Duration) {
+        self.looked_at = Some(now);
+    }
+
+    /// A round of so many bytes took so long, from its start to the destination's word that all is in memory.
+    pub fn round_done(&mut self, bytes: u64, took: Duration) {
+        self.rounds += 1;
+        let took = took.saturating_sub(self.costs.rtt).max(took / 10).max(Duration::from_micros(1));
+        let sample = bytes as f64 / took.as_secs_f64();
+        // A short round shows the latency: it can only prove that the link is faster than thought.
+        let telling = bytes >= TELLING_BYTES || took >= TELLING_TIME;
+        self.bandwidth = Some(match self.bandwidth {
+            Some(known) if !telling => known.max(sample),
+            _ => sample.max(1.0),
+        });
+    }
+
+    /// Decides, with so many pages dirty at the time `now`.
+    pub fn decide(&mut self, now: Duration, dirty_pages: u64) -> Verdict {
+        if let Some(since) = self.looked_at.replace(now) {
+            let span = now.saturating_sub(since).max(Duration::from_micros(1));
+            self.dirty_rate = Some((dirty_pages * PAGE_BYTES) as f64 / span.as_secs_f64());
+        }
+        let Some(predicted) = self.predict(dirty_pages) else { return Verdict::Another };
+        if predicted <= self.max_downtime {
+            return Verdict::Switchover;
+        }
+        let better =
+            |best: Best| predicted.as_secs_f64() < best.predicted.as_secs_f64() * (1.0 - self.convergence.improvement);
+        if self.best.is_none_or(better) {
+            self.best = Some(Best { predicted, round: self.rounds, at: now });
+        }
+        let hopeless = self.costs.total() > self.max_downtime || self.rounds >= self.convergence.max_rounds;
+        let stalled = self.best.is_some_and(|best| {
+            self.rounds - best.round >= self.convergence.stall_rounds
+                && now.saturating_sub(best.at) >= self.convergence.stall_time
+        });
+        if hopeless || stalled {
+            return Verdict::GiveUp(NotConverging {
+                rounds: self.rounds,
+                dirty_rate: self.dirty_rate(),
+                bandwidth: self.bandwidth(),
+                predicted: self.best.map_or(predicted, |best| best.predicted),
+                fixed: self.costs.total(),
+                max_downtime: self.max_downtime,
+            });
+        }
+        Verdict::Another
+    }
+
+    /// The blackout if the switchover began now with so many pages to send; none before the first round.
+    pub fn predict(&self, pages: u64) -> Option<Duration> {
+        let seconds = (pages * PAGE_BYTES) as f64 / self.bandwidth?;
+        // A slow link and a lot of memory may exceed what a Duration is; a year is as good as for ever.
+        Some(Duration::from_secs_f64(seconds.min(3e7)) + self.costs.total())
+    }
+
+    /// Bytes per second that the link carries; 0 if not known.
+    pub fn bandwidth(&self) -> u64 {
+        self.bandwidth.unwrap_or(0.0) as u64
+    }
+
+    /// Bytes per second that the guest dirties; 0 if not known.
+    pub fn dirty_rate(&self) -> u64 {
+        self.dirty_rate.unwrap_or(0.0) as u64
+    }
+}
+
 /// Pre-copy leads nowhere, with the numbers that show it.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[error("pre-copy does not converge after {rounds} rounds: {}", self.numbers())]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("pre-copy does not converge: after {rounds} rounds {}", self.numbers())]
 pub struct NotConverging {
     /// Rounds so far.
     pub rounds: u32,
@@ -22,11 +192,42 @@ pub struct NotConverging {
 
 impl NotConverging {
     fn numbers(&self) -> String {
-        String::new()
+        let Self { dirty_rate, bandwidth, predicted, fixed, max_downtime, .. } = self;
+        let ms = |time: &Duration| time.as_secs_f64() * 1e3;
+        if fixed > max_downtime {
+            let (fixed, max) = (ms(fixed), ms(max_downtime));
+            return format!(
+                "a switchover alone takes {fixed:.1} ms, whatever the guest does, and {max:.1} ms are allowed"
+            );
+        }
+        format!(
+            "the guest dirties {} and the link carries {}: the predicted blackout stays at {:.0} ms > {:.0} ms",
+            rate(*dirty_rate),
+            rate(*bandwidth),
+            ms(predicted),
+            ms(max_downtime),
+        )
     }
 
     /// What would help.
     pub fn hint(&self) -> String {
-        String::new()
+        let enough = (self.predicted.as_secs_f64() * 1.1e3).ceil();
+        if self.fixed > self.max_downtime {
+            return format!("raise --max-downtime to {enough}ms or more");
+        }
+        format!("raise --max-downtime to {enough}ms or more, raise --bandwidth, or lower the guest's load")
     }
 }
+
+/// Bytes per second as a human writes them.
+fn rate(bytes: u64) -> String {
+    let bytes = bytes as f64;
+    match bytes {
+        _ if bytes >= 1e9 => format!("{:.1} GB/s", bytes / 1e9),
+        _ if bytes >= 1e6 => format!("{:.0} MB/s", bytes / 1e6),
+        _ => format!("{:.0} kB/s", bytes / 1e3),
+    }
+}
+
+#[cfg(test)]
+mod tests;

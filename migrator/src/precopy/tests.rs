@@ -1,0 +1,164 @@
+//! The policy against simulated guests and links.
+
+use super::*;
+
+const MB: f64 = 1e6;
+
+/// A guest with so much memory that dirties pages of a working set, and a link.
+struct Run {
+    ram: f64,
+    working_set: f64,
+    /// Bytes per second, by time.
+    dirty_rate: fn(f64) -> f64,
+    link: fn(f64) -> f64,
+    rtt: f64,
+    max_downtime: Duration,
+}
+
+impl Default for Run {
+    fn default() -> Self {
+        Self {
+            ram: 512.0 * MB,
+            working_set: 512.0 * MB,
+            dirty_rate: |_| 0.0,
+            link: |_| 1000.0 * MB,
+            rtt: 0.0002,
+            max_downtime: Duration::from_millis(50),
+        }
+    }
+}
+
+impl Run {
+    /// Plays it. The end, when, after how many rounds, and how long a blackout would really have been.
+    fn play(&self) -> (Verdict, f64, u32, f64) {
+        let mut policy = Precopy::new(Convergence::default(), self.max_downtime);
+        policy.costs.rtt = Duration::from_secs_f64(self.rtt);
+        let (mut now, mut left) = (0.0f64, self.ram);
+        policy.begin(Duration::ZERO);
+        for round in 1..2000 {
+            let took = left / (self.link)(now) + self.rtt;
+            // What of the working set is hit at least once while the round runs.
+            let written = (self.dirty_rate)(now) * took;
+            let dirty = if self.working_set == 0.0 {
+                0.0
+            } else {
+                self.working_set * (1.0 - (-written / self.working_set).exp())
+            };
+            policy.round_done(left as u64, Duration::from_secs_f64(took));
+            now += took;
+            left = dirty;
+            match policy.decide(Duration::from_secs_f64(now), (dirty / 4096.0) as u64) {
+                Verdict::Another => {}
+                verdict => {
+                    let real = dirty / (self.link)(now) + policy.costs.total().as_secs_f64();
+                    return (verdict, now, round, real);
+                }
+            }
+        }
+        panic!("never ends");
+    }
+
+    fn converges(&self) -> u32 {
+        let (verdict, now, rounds, real) = self.play();
+        assert_eq!(verdict, Verdict::Switchover, "at {now} s after {rounds} rounds");
+        assert!(real <= self.max_downtime.as_secs_f64() * 1.2, "predicted within 20 %: {real}");
+        rounds
+    }
+
+    fn gives_up(&self) -> NotConverging {
+        let (Verdict::GiveUp(why), now, rounds, _) = self.play() else { panic!("did not give up") };
+        assert!(now < 30.0 && rounds < 200, "early: {now} s, {rounds} rounds");
+        why
+    }
+}
+
+#[test]
+fn an_idle_guest_takes_one_round() {
+    assert_eq!(Run::default().converges(), 1);
+}
+
+#[test]
+fn below_the_bandwidth_converges() {
+    let run = Run { dirty_rate: |_| 300.0 * MB, ..Run::default() };
+    assert!(run.converges() <= 4);
+    // Even close to it: each round is a little smaller.
+    assert!(Run { dirty_rate: |_| 900.0 * MB, ..Run::default() }.converges() < 40);
+}
+
+#[test]
+fn above_the_bandwidth_says_so_with_numbers() {
+    let run = Run { dirty_rate: |_| 1200.0 * MB, link: |_| 400.0 * MB, working_set: 400.0 * MB, ..Run::default() };
+    let why = run.gives_up();
+    assert!(why.bandwidth > 380_000_000 && why.bandwidth < 420_000_000, "{why}");
+    assert!(why.dirty_rate > 300_000_000, "{why}");
+    let text = why.to_string();
+    assert!(text.contains("MB/s and the link carries 400 MB/s") && text.contains("> 50 ms"), "{text}");
+    assert!(why.hint().contains("--max-downtime"));
+}
+
+#[test]
+fn a_small_working_set_converges_however_fast_it_is_written() {
+    Run { dirty_rate: |_| 1e10, working_set: 30.0 * MB, ..Run::default() }.converges();
+    let why = Run { dirty_rate: |_| 1e10, working_set: 100.0 * MB, ..Run::default() }.gives_up();
+    assert!(why.predicted > Duration::from_millis(95) && why.predicted < Duration::from_millis(120), "{why}");
+    // What the hint says would have worked.
+    let enough = why.predicted.mul_f64(1.1);
+    Run { dirty_rate: |_| 1e10, working_set: 100.0 * MB, max_downtime: enough, ..Run::default() }.converges();
+}
+
+#[test]
+fn bursts_are_waited_for() {
+    // Two seconds of too much, half a second of little.
+    let rate = |now: f64| if now % 2.5 < 2.0 { 2e9 } else { 1e7 };
+    Run { dirty_rate: rate, working_set: 300.0 * MB, ..Run::default() }.converges();
+}
+
+#[test]
+fn a_link_that_becomes_slow_is_noticed() {
+    let why =
+        Run { dirty_rate: |_| 200.0 * MB, link: |now| if now < 0.4 { 1e9 } else { 1e8 }, ..Run::default() }.gives_up();
+    assert!(why.bandwidth < 110_000_000, "{why}");
+}
+
+#[test]
+fn a_downtime_below_the_fixed_costs_is_said_at_once() {
+    let (verdict, _, rounds, _) = Run { max_downtime: Duration::from_millis(2), ..Run::default() }.play();
+    let Verdict::GiveUp(why) = verdict else { panic!() };
+    assert_eq!(rounds, 1);
+    assert!(why.to_string().contains("a switchover alone takes"), "{why}");
+}
+
+#[test]
+fn a_mostly_empty_machine_is_not_taken_for_a_slow_link() {
+    // The first round is long because it looks at zero pages, not because the link is slow; the next ones are short.
+    let mut policy = Precopy::new(Convergence::default(), Duration::from_millis(50));
+    policy.costs.rtt = Duration::from_micros(200);
+    policy.begin(Duration::ZERO);
+    policy.round_done(10_000_000, Duration::from_secs(2));
+    assert_eq!(policy.decide(Duration::from_secs(2), 100), Verdict::Another);
+    policy.round_done(100 * 4256, Duration::from_micros(700));
+    assert_eq!(policy.decide(Duration::from_millis(2001), 100), Verdict::Switchover);
+}
+
+#[test]
+fn rounds_are_capped() {
+    let mut policy = Precopy::new(Convergence { max_rounds: 7, ..Convergence::default() }, Duration::from_millis(50));
+    let mut verdict = Verdict::Another;
+    for round in 1..=7u64 {
+        assert_eq!(verdict, Verdict::Another);
+        policy.round_done(1 << 20, Duration::from_millis(10));
+        verdict = policy.decide(Duration::from_millis(round * 10), 100_000 - round * 9000);
+    }
+    assert!(matches!(verdict, Verdict::GiveUp(NotConverging { rounds: 7, .. })));
+}
+
+#[test]
+fn hostile_numbers_do_not_overflow() {
+    let mut policy = Precopy::new(Convergence::default(), Duration::from_millis(50));
+    assert_eq!(policy.decide(Duration::ZERO, 0), Verdict::Another);
+    policy.round_done(0, Duration::ZERO);
+    assert!(policy.predict(1 << 32).is_some());
+    policy.round_done(u64::MAX, Duration::ZERO);
+    policy.decide(Duration::MAX, 1 << 32);
+    assert!(policy.predict(1 << 32).is_some());
+}
