@@ -1,29 +1,33 @@
 //! Building a machine: all of it but what the guest's memory and registers hold. A kernel is then loaded into it
 //! ([`Vm::load_kernel`]), or a saved state ([`crate::snapshot`]).
 
-use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::boot::BootError;
 use crate::arch::layout::{
-    ACPI_TABLES, COM1_GSI, COM1_PORT, GED_GSI, KVM_IDENTITY_MAP, KVM_TSS, POWER_PORT, PVPANIC_PORT,
+    ACPI_TABLES, COM1_GSI, COM1_PORT, GED_GSI, KVM_IDENTITY_MAP, KVM_TSS, POWER_PORT, PVPANIC_PORT, VIRTIO_GSI_BASE,
+    VIRTIO_MMIO_BASE, VIRTIO_MMIO_BYTES,
 };
 use crate::arch::regs::Entry;
 use crate::arch::{acpi, boot, cpuid, msr, regs};
 use crate::config::{ConfigError, VmConfig};
 use crate::devices::bus::{Bus, BusDevice, OverlapError};
-use crate::devices::power::{GuestEvent, PanicDevice, PowerDevice, ResetPort};
+use crate::devices::io_thread::IoThread;
+use crate::devices::power::{GuestEvents, PanicDevice, PowerDevice, ResetPort};
 use crate::devices::serial::{ConsoleOutput, SERIAL_PORTS, SerialPort};
+use crate::devices::virtio::device::VirtioDevice;
+use crate::devices::virtio::net::Backend;
+use crate::devices::virtio::{MmioTransport, Net, Rng, SharedDevice};
 use crate::host::Host;
 use crate::memory::dirty::DirtyLog;
 use crate::memory::{self, MemoryError, SharedMemory};
 use crate::vcpu::{Exits, Vcpu, VcpuError};
-use crate::vm::{RunState, Vm};
+use crate::vm::{GuestCpu, RunState, Vm};
 
 /// A machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +62,17 @@ pub enum BuildError {
     /// No eventfd: too many open files, most likely.
     #[error("an eventfd cannot be made (too many open files?)")]
     EventFd(#[source] std::io::Error),
+    /// The device thread.
+    #[error("the device thread cannot be started")]
+    IoThread(#[source] std::io::Error),
+    /// A mistake of the caller's.
+    #[error("{nics} network interfaces and {backends} host ends for them")]
+    Backends {
+        /// Interfaces of the machine.
+        nics: usize,
+        /// Host ends given.
+        backends: usize,
+    },
     /// Two devices at one address: a mistake in the layout.
     #[error(transparent)]
     Bus(#[from] OverlapError),
@@ -116,8 +131,15 @@ fn set_up_lapic(vcpu: &kvm_ioctls::VcpuFd) -> Result<(), BuildError> {
 }
 
 impl Vm {
-    /// Builds the machine `config`, paused, memory all zero.
-    pub fn build(host: &Host, config: VmConfig, console: ConsoleOutput) -> Result<Self, BuildError> {
+    /// Builds the machine `config`, paused, memory all zero. `nets` are the host's ends of its network interfaces, in the order of
+    /// `config.nics` and as many.
+    pub fn build<B: Backend + 'static>(
+        host: &Host,
+        config: VmConfig,
+        nets: Vec<B>,
+        console: ConsoleOutput,
+        events: GuestEvents,
+    ) -> Result<Self, BuildError> {
         config.validate()?;
         check_host_memory(config.memory_bytes)?;
         let fd = Arc::new(host.kvm.create_vm().map_err(kvm("KVM_CREATE_VM"))?);
@@ -129,39 +151,55 @@ impl Vm {
         let memory = memory::map(config.memory_bytes)?;
         let dirty = DirtyLog::new(fd.clone(), memory.clone())?;
 
-        let (events, receiver) = channel();
         let serial = Arc::new(Mutex::new(SerialPort::new(interrupt_line(&fd, COM1_GSI)?, console)));
         let power = Arc::new(Mutex::new(PowerDevice::new(events.clone(), interrupt_line(&fd, GED_GSI)?)));
         let ports = port_bus(serial.clone(), power.clone(), &events)?;
-        let mmio = Bus::default();
+        let io = IoThread::spawn("devices").map_err(BuildError::IoThread)?;
+        let mut mmio = Bus::default();
+        let mut slots = VirtioSlots { vm: &fd, io: &io, memory: &memory, bus: &mut mmio, transports: Vec::new() };
+        slots.plug(Rng::new())?;
+        if nets.len() != config.nics.len() {
+            return Err(BuildError::Backends { nics: config.nics.len(), backends: nets.len() });
+        }
+        let nets = config.nics.iter().zip(nets).map(|(nic, backend)| slots.plug(Net::new(nic.clone(), backend)));
+        let nets = nets.collect::<Result<Vec<_>, _>>()?;
+        let virtio = slots.transports;
 
         let exits = Exits { ports: Arc::new(ports), mmio: Arc::new(mmio), events };
         let mut vcpus = Vec::new();
+        let mut cpu = GuestCpu { cpuid: Vec::new(), tsc_khz: 0 };
         for id in 0..config.cpus {
             let vcpu = fd.create_vcpu(id.into()).map_err(kvm("KVM_CREATE_VCPU"))?;
             let cpuid = cpuid::for_vcpu(&host.cpuid, id, config.cpus);
             vcpu.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
             set_up_lapic(&vcpu)?;
+            if id == 0 {
+                cpu.cpuid = cpuid.as_slice().to_vec();
+                cpu.tsc_khz = vcpu.get_tsc_khz().map_err(kvm("KVM_GET_TSC_KHZ"))?;
+            }
             vcpus.push(Vcpu::new(id, vcpu, exits.clone())?);
         }
         Ok(Vm {
             vcpus,
+            io,
+            virtio,
+            nets,
             serial,
             power,
             dirty,
             fd,
             memory,
             config,
+            cpu,
             msr_indices: host.msr_indices.clone(),
             state: RunState::Paused,
-            events: Some(receiver),
         })
     }
 
     /// Puts a kernel into a machine just built, so that [`Vm::resume`] boots it.
     pub fn load_kernel(&mut self, kernel: &[u8], initrd: Option<&[u8]>, cmdline: &str) -> Result<(), BuildError> {
         let entry = boot::load(&*self.memory, kernel, initrd, cmdline)?;
-        self.memory.write_slice(&acpi::tables(self.config.cpus, 0), GuestAddress(ACPI_TABLES))?;
+        self.memory.write_slice(&acpi::tables(self.config.cpus, self.virtio.len()), GuestAddress(ACPI_TABLES))?;
         self.set_boot_registers(entry, &self.memory.clone())
     }
 
@@ -181,6 +219,35 @@ impl Vm {
     }
 }
 
+/// Plugs virtio devices into slot after slot: registers, interrupt, notifications.
+struct VirtioSlots<'a> {
+    vm: &'a VmFd,
+    io: &'a IoThread,
+    memory: &'a SharedMemory,
+    bus: &'a mut Bus,
+    transports: Vec<Arc<Mutex<MmioTransport>>>,
+}
+
+impl VirtioSlots<'_> {
+    fn plug<D: VirtioDevice + 'static>(&mut self, device: D) -> Result<SharedDevice<D>, BuildError> {
+        let slot = self.transports.len() as u32;
+        let base = VIRTIO_MMIO_BASE + u64::from(slot) * VIRTIO_MMIO_BYTES;
+        let (transport, device) = MmioTransport::new(self.memory.clone(), device).map_err(BuildError::EventFd)?;
+        self.vm.register_irqfd(transport.irq_eventfd(), VIRTIO_GSI_BASE + slot).map_err(kvm("KVM_IRQFD"))?;
+        for notification in transport.notifications() {
+            let address = IoEventAddress::Mmio(base + notification.offset);
+            self.vm
+                .register_ioevent(notification.eventfd, &address, notification.queue)
+                .map_err(kvm("KVM_IOEVENTFD"))?;
+        }
+        transport.attach(&self.io.handle()).map_err(BuildError::IoThread)?;
+        let transport = Arc::new(Mutex::new(transport));
+        self.bus.insert(base, VIRTIO_MMIO_BYTES, transport.clone())?;
+        self.transports.push(transport);
+        Ok(device)
+    }
+}
+
 const KEYBOARD_CONTROLLER: u64 = 0x64;
 const KEYBOARD_RESET: &[u8] = &[0xfe];
 const CHIPSET_RESET: u64 = 0xcf9;
@@ -189,7 +256,7 @@ const CHIPSET_RESETS: &[u8] = &[0x6, 0xe];
 fn port_bus(
     serial: Arc<Mutex<SerialPort>>,
     power: Arc<Mutex<PowerDevice>>,
-    events: &Sender<GuestEvent>,
+    events: &GuestEvents,
 ) -> Result<Bus, OverlapError> {
     let shared = |device: ResetPort| -> Arc<Mutex<dyn BusDevice>> { Arc::new(Mutex::new(device)) };
     let mut bus = Bus::default();

@@ -1,37 +1,22 @@
 //! What a VM is made of, checked.
 
-use std::net::IpAddr;
-
-use serde::{Deserialize, Serialize};
-
 use crate::arch::layout::{MAX_MEMORY_BYTES, MAX_VIRTIO_DEVICES, MIN_MEMORY_BYTES};
+use crate::devices::virtio::{MacAddress, NetConfig};
 
 /// The most vCPUs of a VM: local APIC ids without x2APIC end at 254; far fewer are "small".
 pub const MAX_CPUS: u8 = 64;
 /// The most network interfaces: one virtio slot is the random-number generator's.
 pub const MAX_NICS: usize = MAX_VIRTIO_DEVICES - 1;
 
-/// An Ethernet address.
-pub type MacAddr = [u8; 6];
-
 /// The machine that a guest sees. Both sides of a migration build it from the same description.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmConfig {
     /// vCPUs.
     pub cpus: u8,
     /// RAM in bytes.
     pub memory_bytes: u64,
     /// Network interfaces, in the order in which the guest finds them.
-    pub nics: Vec<NicConfig>,
-}
-
-/// A network interface as the guest sees it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NicConfig {
-    /// Its address.
-    pub mac: MacAddr,
-    /// The guest's addresses on it, as far as the user told; more are learned from what the guest sends.
-    pub ips: Vec<IpAddr>,
+    pub nics: Vec<NetConfig>,
 }
 
 /// A machine that cannot be.
@@ -47,16 +32,11 @@ pub enum ConfigError {
     #[error("{0} network interfaces: a VM has at most {MAX_NICS}")]
     Nics(usize),
     /// A multicast or zero MAC address.
-    #[error("{} cannot be an interface's MAC address: it must be unicast (first byte even) and not zero", format_mac(.0))]
-    Mac(MacAddr),
+    #[error("{0} cannot be an interface's MAC address: it must be unicast (first byte even) and not zero")]
+    Mac(MacAddress),
     /// Two interfaces with one address.
-    #[error("two network interfaces have the MAC address {}", format_mac(.0))]
-    DuplicateMac(MacAddr),
-}
-
-/// `52:54:00:12:34:56`.
-pub fn format_mac(mac: &MacAddr) -> String {
-    mac.map(|b| format!("{b:02x}")).join(":")
+    #[error("two network interfaces have the MAC address {0}")]
+    DuplicateMac(MacAddress),
 }
 
 impl VmConfig {
@@ -73,7 +53,7 @@ impl VmConfig {
             return Err(ConfigError::Nics(nics.len()));
         }
         for (i, nic) in nics.iter().enumerate() {
-            if nic.mac[0] & 1 != 0 || nic.mac == [0; 6] {
+            if !nic.mac.is_unicast() {
                 return Err(ConfigError::Mac(nic.mac));
             }
             if nics[..i].iter().any(|other| other.mac == nic.mac) {
@@ -90,7 +70,7 @@ mod tests {
 
     #[test]
     fn impossible_machines_are_named() {
-        let nic = |last| NicConfig { mac: [0x52, 0x54, 0, 0, 0, last], ips: vec![] };
+        let nic = |last| NetConfig { mac: MacAddress([0x52, 0x54, 0, 0, 0, last]), addresses: vec![] };
         let good = VmConfig { cpus: 2, memory_bytes: 256 << 20, nics: vec![nic(1), nic(2)] };
         assert_eq!(good.validate(), Ok(()));
         let with = |change: fn(&mut VmConfig)| {
@@ -105,7 +85,7 @@ mod tests {
         assert_eq!(with(|c| c.memory_bytes = 1 << 40), ConfigError::Memory(1 << 40));
         assert_eq!(with(|c| c.nics = vec![c.nics[0].clone(); 8]), ConfigError::Nics(8));
         assert!(matches!(with(|c| c.nics[1] = c.nics[0].clone()), ConfigError::DuplicateMac(_)));
-        assert!(matches!(with(|c| c.nics[0].mac[0] = 1), ConfigError::Mac(_)));
-        assert!(matches!(with(|c| c.nics[0].mac = [0; 6]), ConfigError::Mac(_)));
+        assert!(matches!(with(|c| c.nics[0].mac.0[0] = 1), ConfigError::Mac(_)));
+        assert!(matches!(with(|c| c.nics[0].mac = MacAddress([0; 6])), ConfigError::Mac(_)));
     }
 }

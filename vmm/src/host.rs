@@ -5,7 +5,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 
 use kvm_bindings::{KVM_API_VERSION, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::arch::cpuid::{self, CpuidError};
 
@@ -102,6 +102,12 @@ impl Host {
         Ok(Host { kvm, cpuid, msr_indices })
     }
 
+    /// The TSC frequency that a guest gets here, if KVM tells.
+    pub fn tsc_khz(&self) -> Option<u32> {
+        let vm = self.kvm.create_vm().ok()?;
+        vm.create_vcpu(0).ok()?.get_tsc_khz().ok()
+    }
+
     /// What a person or a peer wants to know of this host.
     pub fn facts(&self) -> HostFacts {
         let (memory_bytes, memory_available_bytes) = memory();
@@ -127,7 +133,7 @@ fn kvm_from(fd: OwnedFd) -> Kvm {
 }
 
 /// How KVM runs guests.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KvmKind {
     /// With the processor's virtualization (VMX or SVM).

@@ -18,8 +18,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::devices::power::{PowerState, PowerStateError};
 use crate::devices::serial::{SerialState, SerialStateError};
+use crate::devices::virtio::{MmioTransportState, RestoreError};
 use crate::vcpu::state::{self as vcpu_state, VcpuState, VcpuStateError};
-use crate::vm::{RunState, Vm};
+use crate::vm::{GuestCpu, RunState, Vm, locked};
 
 /// One piece of saved state.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,6 +90,15 @@ pub enum SnapshotError {
     /// The power registers.
     #[error(transparent)]
     Power(#[from] PowerStateError),
+    /// A virtio device.
+    #[error("virtio slot {slot}")]
+    Virtio {
+        /// Its slot.
+        slot: u16,
+        /// Why.
+        #[source]
+        source: RestoreError,
+    },
     /// A section that this machine has no part for.
     #[error("saved state has a section that this machine has no use for: {} {instance}", kind::name(*.kind))]
     Unknown {
@@ -223,10 +233,11 @@ impl Vm {
             let state = vcpu_state::save(vcpu.id(), &vcpu.fd(), &self.msr_indices)?;
             sections.push(section(kind::VCPU, vcpu.id().into(), &state));
         }
-        let serial = self.serial.lock().expect("no device panics").save();
-        sections.push(section(kind::SERIAL, 0, &serial));
-        let power = self.power.lock().expect("no device panics").save();
-        sections.push(section(kind::POWER, 0, &power));
+        sections.push(section(kind::SERIAL, 0, &locked(&self.serial).save()));
+        sections.push(section(kind::POWER, 0, &locked(&self.power).save()));
+        for (slot, transport) in (0u16..).zip(&self.virtio) {
+            sections.push(section(kind::VIRTIO, slot, &locked(transport).save()));
+        }
         Ok(sections)
     }
 
@@ -242,6 +253,8 @@ impl Vm {
             self.vcpus.iter().map(|v| sections.take(kind::VCPU, v.id().into())).collect::<Result<_, _>>()?;
         let serial: SerialState = sections.take(kind::SERIAL, 0)?;
         let power: PowerState = sections.take(kind::POWER, 0)?;
+        let virtio: Vec<MmioTransportState> =
+            (0u16..).zip(&self.virtio).map(|(slot, _)| sections.take(kind::VIRTIO, slot)).collect::<Result<_, _>>()?;
         sections.done()?;
 
         let MachineState { pic_master, pic_slave, ioapic, pit, clock } = machine;
@@ -255,8 +268,14 @@ impl Vm {
         for (vcpu, state) in self.vcpus.iter().zip(&vcpus) {
             vcpu_state::restore(vcpu.id(), &vcpu.fd(), state, elapsed_ns)?;
         }
-        self.serial.lock().expect("no device panics").restore(serial)?;
-        self.power.lock().expect("no device panics").restore(power)?;
+        if let Some(VcpuState { cpuid, tsc_khz, .. }) = vcpus.into_iter().next() {
+            self.cpu = GuestCpu { cpuid, tsc_khz };
+        }
+        locked(&self.serial).restore(serial)?;
+        locked(&self.power).restore(power)?;
+        for ((slot, transport), state) in (0u16..).zip(&self.virtio).zip(&virtio) {
+            locked(transport).restore(state).map_err(|source| SnapshotError::Virtio { slot, source })?;
+        }
         // Without KVM_CLOCK_REALTIME KVM takes the value as it is: what passed between the hosts is in `elapsed`.
         let clock = kvm_clock_data { clock: clock.clock.saturating_add(elapsed_ns), ..Default::default() };
         self.fd.set_clock(&clock).map_err(kvm("KVM_SET_CLOCK"))

@@ -3,18 +3,22 @@
 //! Pausing stops the vCPUs together, then the device thread; after that nothing of ours touches guest memory, so state can be
 //! read. Resuming goes the other way round.
 
-use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::VmFd;
 
+use crate::arch::layout::RamRegion;
 use crate::config::VmConfig;
-use crate::devices::power::{GuestEvent, PowerDevice};
+use crate::devices::io_thread::IoThread;
+use crate::devices::power::PowerDevice;
 use crate::devices::serial::SerialPort;
+use crate::devices::virtio::{MmioTransport, Net, NetAddresses, NetStatistics, SharedDevice};
 use crate::memory::dirty::{DirtyLog, Rearmer};
 use crate::memory::pages::Pages;
-use crate::memory::{MemoryError, SharedMemory};
+use crate::memory::{self, MemoryError, SharedMemory};
 use crate::vcpu::{Vcpu, VcpuError};
 
 /// Whether the guest makes progress.
@@ -26,18 +30,30 @@ pub enum RunState {
     Running,
 }
 
+/// What the guest was told of its CPU, and counts on wherever it runs.
+#[derive(Debug, Clone)]
+pub struct GuestCpu {
+    /// CPUID of the first vCPU.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// Frequency of its TSC.
+    pub tsc_khz: u32,
+}
+
 /// One virtual machine. Field order is drop order: threads end before what they use is gone.
 pub struct Vm {
     pub(crate) vcpus: Vec<Vcpu>,
+    pub(crate) io: IoThread,
+    pub(crate) virtio: Vec<Arc<Mutex<MmioTransport>>>,
+    pub(crate) nets: Vec<SharedDevice<Net>>,
     pub(crate) serial: Arc<Mutex<SerialPort>>,
     pub(crate) power: Arc<Mutex<PowerDevice>>,
     pub(crate) dirty: DirtyLog,
     pub(crate) fd: Arc<VmFd>,
     pub(crate) memory: SharedMemory,
     pub(crate) config: VmConfig,
+    pub(crate) cpu: GuestCpu,
     pub(crate) msr_indices: Vec<u32>,
     pub(crate) state: RunState,
-    pub(crate) events: Option<Receiver<GuestEvent>>,
 }
 
 impl Vm {
@@ -56,9 +72,14 @@ impl Vm {
         Pages::new(self.memory.clone())
     }
 
-    /// Where the guest's end will be reported; to be taken once.
-    pub fn take_events(&mut self) -> Option<Receiver<GuestEvent>> {
-        self.events.take()
+    /// Where its RAM is.
+    pub fn ram_regions(&self) -> Vec<RamRegion> {
+        memory::regions(&self.memory)
+    }
+
+    /// What the guest was told of its CPU.
+    pub fn cpu(&self) -> &GuestCpu {
+        &self.cpu
     }
 
     /// The console.
@@ -71,9 +92,31 @@ impl Vm {
         self.power.clone()
     }
 
+    /// What is known of the addresses of each network interface.
+    pub fn addresses(&self) -> Vec<NetAddresses> {
+        self.nets.iter().map(|net| locked(net).addresses()).collect()
+    }
+
+    /// What each network interface has carried.
+    pub fn traffic(&self) -> Vec<NetStatistics> {
+        self.nets.iter().map(|net| locked(net).statistics()).collect()
+    }
+
+    /// Sends an Ethernet frame out of interface `nic` as if the guest had sent it.
+    pub fn inject(&self, nic: usize, frame: &[u8]) -> io::Result<()> {
+        let no_such = || io::Error::new(io::ErrorKind::NotFound, format!("there is no network interface {nic}"));
+        locked(self.nets.get(nic).ok_or_else(no_such)?).inject(frame)
+    }
+
+    /// Asks the guest to announce its addresses on every interface; whether any of them can.
+    pub fn guest_announce(&self) -> bool {
+        self.nets.iter().fold(false, |any, net| locked(net).guest_announce() | any)
+    }
+
     /// Lets the guest run.
     pub fn resume(&mut self) {
         if self.state == RunState::Paused {
+            self.io.resume();
             self.vcpus.iter().for_each(Vcpu::resume);
             self.state = RunState::Running;
         }
@@ -82,8 +125,12 @@ impl Vm {
     /// Stops the guest where it is. Returns when no vCPU runs and no device touches memory.
     pub fn pause(&mut self) -> Result<(), VcpuError> {
         if self.state == RunState::Running {
-            self.vcpus.iter().try_for_each(Vcpu::request_pause)?;
+            if let Err(error) = self.vcpus.iter().try_for_each(Vcpu::request_pause) {
+                self.vcpus.iter().for_each(Vcpu::resume);
+                return Err(error);
+            }
             self.vcpus.iter().for_each(Vcpu::wait_parked);
+            self.io.pause();
             for vcpu in &self.vcpus {
                 // Tells a guest with kvm-clock that it was stopped, so that its watchdogs do not bark; EINVAL without one.
                 let _ = vcpu.fd().kvmclock_ctrl();
@@ -117,4 +164,9 @@ impl Vm {
     pub fn stop_dirty_log(&mut self) -> Result<(), MemoryError> {
         self.dirty.stop()
     }
+}
+
+/// Devices stay usable when a thread that held their lock panicked: their registers are changed in single steps.
+pub(crate) fn locked<T: ?Sized>(device: &Mutex<T>) -> MutexGuard<'_, T> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
 }

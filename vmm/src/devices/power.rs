@@ -5,7 +5,7 @@
 //! - pvpanic (QEMU's docs/specs/pvpanic): a guest kernel says that it panicked.
 //! - The keyboard controller's and the chipset's reset (ports 0x64 and 0xcf9), which guests without ACPI use.
 
-use std::sync::mpsc::Sender;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
@@ -26,13 +26,17 @@ pub enum GuestEvent {
     Crashed(String),
 }
 
+/// Whoever wants to know. Called on a vCPU's thread, at once: whoever has paused a VM has been told all that its guest did before.
+/// It must not block, nor call into the VM.
+pub type GuestEvents = Arc<dyn Fn(GuestEvent) + Send + Sync>;
+
 /// Sleep enable bit of the sleep control register.
 const SLP_EN: u8 = 1 << 5;
 const EVENT_POWER_BUTTON: u8 = 1;
 
 /// The power registers.
 pub struct PowerDevice {
-    events: Sender<GuestEvent>,
+    events: GuestEvents,
     interrupt: EventFd,
     pending: u8,
 }
@@ -50,7 +54,7 @@ pub struct PowerStateError(u8);
 
 impl PowerDevice {
     /// Reports to `events`; `interrupt` is the generic event device's.
-    pub fn new(events: Sender<GuestEvent>, interrupt: EventFd) -> Self {
+    pub fn new(events: GuestEvents, interrupt: EventFd) -> Self {
         PowerDevice { events, interrupt, pending: 0 }
     }
 
@@ -78,11 +82,6 @@ impl PowerDevice {
         }
         Ok(())
     }
-
-    fn report(&self, event: GuestEvent) {
-        // Nobody listens only when the VM is being taken down.
-        let _ = self.events.send(event);
-    }
 }
 
 impl BusDevice for PowerDevice {
@@ -96,16 +95,16 @@ impl BusDevice for PowerDevice {
     fn write(&mut self, offset: u64, data: &[u8]) {
         match (offset, data) {
             (POWER_SLEEP_CONTROL, [value]) if value & SLP_EN != 0 && value >> 2 & 7 == SLEEP_TYPE_S5 => {
-                self.report(GuestEvent::PowerOff);
+                (self.events)(GuestEvent::PowerOff);
             }
-            (POWER_RESET, [POWER_RESET_VALUE]) => self.report(GuestEvent::Reset),
+            (POWER_RESET, [POWER_RESET_VALUE]) => (self.events)(GuestEvent::Reset),
             _ => {}
         }
     }
 }
 
 /// pvpanic's one port: bit 0 "panicked"; reading tells which bits are understood.
-pub struct PanicDevice(pub Sender<GuestEvent>);
+pub struct PanicDevice(pub GuestEvents);
 
 const PANICKED: u8 = 1;
 
@@ -116,7 +115,7 @@ impl BusDevice for PanicDevice {
 
     fn write(&mut self, _offset: u64, data: &[u8]) {
         if data[0] & PANICKED != 0 {
-            let _ = self.0.send(GuestEvent::Panicked);
+            (self.0)(GuestEvent::Panicked);
         }
     }
 }
@@ -124,7 +123,7 @@ impl BusDevice for PanicDevice {
 /// A port where one value means reset: 0xfe at the keyboard controller's 0x64, 6 or 14 at the chipset's 0xcf9.
 pub struct ResetPort {
     /// Where to report.
-    pub events: Sender<GuestEvent>,
+    pub events: GuestEvents,
     /// The values that reset.
     pub values: &'static [u8],
 }
@@ -136,7 +135,7 @@ impl BusDevice for ResetPort {
 
     fn write(&mut self, _offset: u64, data: &[u8]) {
         if self.values.contains(&data[0]) {
-            let _ = self.events.send(GuestEvent::Reset);
+            (self.events)(GuestEvent::Reset);
         }
     }
 }
@@ -149,7 +148,8 @@ mod tests {
 
     fn device() -> (PowerDevice, Receiver<GuestEvent>) {
         let (sender, receiver) = channel();
-        (PowerDevice::new(sender, EventFd::new(libc::EFD_NONBLOCK).unwrap()), receiver)
+        let events = Arc::new(move |event| sender.send(event).unwrap());
+        (PowerDevice::new(events, EventFd::new(libc::EFD_NONBLOCK).unwrap()), receiver)
     }
 
     #[test]

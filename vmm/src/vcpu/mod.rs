@@ -7,7 +7,6 @@
 #![allow(unsafe_code)] // `immediate_exit` is shared with KVM and written from other threads
 
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -16,7 +15,7 @@ use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::devices::bus::Bus;
-use crate::devices::power::GuestEvent;
+use crate::devices::power::GuestEvents;
 
 mod run_loop;
 pub mod state;
@@ -78,7 +77,7 @@ pub struct Exits {
     /// Memory-mapped I/O.
     pub mmio: Arc<Bus>,
     /// Where the end of the guest is reported.
-    pub events: Sender<GuestEvent>,
+    pub events: GuestEvents,
 }
 
 /// The byte of `kvm_run` that makes KVM_RUN return at once.

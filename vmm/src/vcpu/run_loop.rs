@@ -32,8 +32,7 @@ pub(super) fn run(id: u8, fd: &Mutex<VcpuFd>, control: &Control, exits: &Exits) 
             if end != GuestEvent::PowerOff {
                 tracing::info!(vcpu = id, ?end, "the guest ended");
             }
-            // Nobody listens only when the VM is being taken down.
-            let _ = exits.events.send(end);
+            (exits.events)(end);
             let mut shared = control.lock();
             if shared.wanted == Wanted::Running {
                 shared.wanted = Wanted::Parked;

@@ -285,6 +285,12 @@ const FEATURE_WORDS: &[FeatureWord] = &[
     },
 ];
 
+/// A leaf from its numbers: `registers` are EAX, EBX, ECX, EDX.
+pub fn leaf(function: u32, index: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
+    let [eax, ebx, ecx, edx] = registers;
+    kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+}
+
 fn find(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> Option<&kvm_cpuid_entry2> {
     entries.iter().find(|e| e.function == function && e.index == index)
 }
@@ -317,7 +323,7 @@ mod tests {
     use super::*;
 
     fn leaf(function: u32, index: u32) -> kvm_cpuid_entry2 {
-        kvm_cpuid_entry2 { function, index, ..Default::default() }
+        super::leaf(function, index, [0; 4])
     }
 
     #[test]

@@ -1,0 +1,97 @@
+//! How the agent hands a migration's connections to the process that receives the VM: the sockets themselves, over a Unix socket
+//! (SCM_RIGHTS), each with a line that says what it is.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::net::TcpStream;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::sync::mpsc;
+use std::thread;
+
+use migrator::transport;
+use migrator::wire::preamble::Role;
+use migrator::Arrived;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
+    sendmsg,
+};
+use serde::{Deserialize, Serialize};
+
+#[derive(Serialize, Deserialize)]
+struct Label {
+    pages: bool,
+    stream: u16,
+}
+
+/// Hands over `connection`, its preamble read and answered.
+pub fn hand_over(to: &UnixDatagram, connection: &TcpStream, role: Role, stream: u16) -> io::Result<()> {
+    let label = serde_json::to_vec(&Label { pages: role == Role::Pages, stream })?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [connection.as_fd()];
+    control.push(SendAncillaryMessage::ScmRights(&fds));
+    sendmsg(to, &[IoSlice::new(&label)], &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// Takes connections from `from` until the agent closes it.
+pub fn take_over(from: UnixDatagram) -> io::Result<mpsc::Receiver<Arrived>> {
+    let (sender, receiver) = mpsc::channel();
+    thread::Builder::new().name("connections".into()).spawn(move || {
+        loop {
+            match take_one(&from) {
+                Ok(Some(arrived)) => {
+                    if sender.send(arrived).is_err() {
+                        return;
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => return tracing::warn!(%error, "the agent's connections end"),
+            }
+        }
+    })?;
+    Ok(receiver)
+}
+
+fn take_one(from: &UnixDatagram) -> io::Result<Option<Arrived>> {
+    let mut bytes = [0; 256];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(from, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let fd: Option<OwnedFd> = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    let Some(fd) = fd else { return Ok(None) };
+    let label: Label = serde_json::from_slice(&bytes[..received.bytes])?;
+    let role = if label.pages { Role::Pages } else { Role::Control };
+    let connection = transport::connection(TcpStream::from(fd))?;
+    Ok(Some(Arrived { role, stream: label.stream, connection }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn a_connection_changes_hands() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let dialled = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        let arrivals = take_over(theirs).unwrap();
+        hand_over(&ours, &accepted, Role::Pages, 3).unwrap();
+        drop(accepted);
+        let arrived = arrivals.recv().unwrap();
+        assert_eq!((arrived.role, arrived.stream), (Role::Pages, 3));
+        io::Write::write_all(&mut { &dialled }, b"hello").unwrap();
+        let mut seen = [0; 5];
+        let mut split = arrived.connection.split().unwrap();
+        io::Read::read_exact(&mut split.reader, &mut seen).unwrap();
+        assert_eq!(&seen, b"hello");
+        drop(ours);
+    }
+}

@@ -1,0 +1,142 @@
+//! The control socket: one JSON request a line, answered by one or more lines (see [`super::view`]).
+
+use std::io::{BufRead, BufReader, BufWriter, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use migrator::handle::Resolution;
+use migrator::transport::TcpDialer;
+use migrator::{MigrationHandle, MigrationId, Report};
+use vmm::host::Host;
+
+use super::endpoint::Source;
+use super::view::{Answer, MigrateRequest, ProgressView, Request};
+use super::{Event, Machine};
+
+/// The longest request.
+const MAX_REQUEST_BYTES: u64 = 64 << 10;
+/// How long a client may be silent before its thread is let go.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Between two progress lines while nothing changes.
+const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+
+/// Answers `listener` for ever.
+pub fn serve(machine: Arc<Machine>, host: Arc<Host>, listener: UnixListener) -> std::io::Result<()> {
+    thread::Builder::new().name("control".into()).spawn(move || {
+        for client in listener.incoming().flatten() {
+            let (machine, host) = (machine.clone(), host.clone());
+            let spawned = thread::Builder::new().name("control-client".into()).spawn(move || {
+                if let Err(error) = serve_client(&machine, &host, client) {
+                    tracing::debug!(%error, "a control client went away");
+                }
+            });
+            if let Err(error) = spawned {
+                tracing::warn!(%error, "a control client was turned away");
+            }
+        }
+    })?;
+    Ok(())
+}
+
+fn serve_client(machine: &Arc<Machine>, host: &Arc<Host>, client: UnixStream) -> std::io::Result<()> {
+    client.set_read_timeout(Some(CLIENT_TIMEOUT))?;
+    client.set_write_timeout(Some(CLIENT_TIMEOUT))?;
+    let mut out = BufWriter::new(client.try_clone()?);
+    let mut send = |answer: &Answer| -> std::io::Result<()> {
+        serde_json::to_writer(&mut out, answer)?;
+        out.write_all(b"\n")?;
+        out.flush()
+    };
+    let mut line = String::new();
+    BufReader::new(client.take(MAX_REQUEST_BYTES)).read_line(&mut line)?;
+    match serde_json::from_str(&line) {
+        Err(error) => send(&Answer::Error(format!("the request cannot be read: {error}"))),
+        Ok(request) => match answer(machine, host, request, &mut send) {
+            Ok(answer) => send(&answer),
+            Err(error) => send(&Answer::Error(format!("{error:#}"))),
+        },
+    }
+}
+
+type Send<'a> = &'a mut dyn FnMut(&Answer) -> std::io::Result<()>;
+
+fn answer(machine: &Arc<Machine>, host: &Arc<Host>, request: Request, send: Send<'_>) -> Result<Answer> {
+    match request {
+        Request::Inspect => Ok(Answer::Vm(Box::new(machine.view()))),
+        Request::Pause => machine.pause().map(|()| Answer::Ok),
+        Request::Resume => machine.resume().map(|()| Answer::Ok),
+        Request::Stop { patience_ms } => machine.stop(Duration::from_millis(patience_ms)).map(Answer::Exit),
+        Request::Migrate(request) => {
+            let peer = request.to.clone();
+            let handle = migrate(machine, host, &request)?;
+            watch(&handle, &peer, send)
+        }
+        Request::Watch => {
+            let migration = machine.migration().with_context(|| format!("{} is not being migrated", machine.spec.name))?;
+            watch(&migration.handle, &migration.peer, send)
+        }
+        Request::Cancel => {
+            let migration = machine.migration().with_context(|| format!("{} is not being migrated", machine.spec.name))?;
+            migration.handle.cancel()?;
+            Ok(Answer::Ok)
+        }
+        Request::Resolve { keep } => {
+            let name = &machine.spec.name;
+            let Some(migration) = machine.migration() else { bail!("{name} is not in doubt: nothing to resolve") };
+            migration.handle.resolve(if keep { Resolution::Keep } else { Resolution::Discard })?;
+            Ok(Answer::Ok)
+        }
+        Request::Wait => machine.wait_exit(None).map(Answer::Exit).context("the VM has not ended"),
+    }
+}
+
+/// Starts moving the VM, in a thread of its own: whoever asked may go away.
+fn migrate(machine: &Arc<Machine>, host: &Arc<Host>, request: &MigrateRequest) -> Result<MigrationHandle> {
+    let options = request.options();
+    let dialer = TcpDialer::new(&request.to, &options.timeouts)?;
+    let handle = MigrationHandle::new();
+    machine.begin_migration(handle.clone(), request.to.clone(), false)?;
+    let (machine, host, mover) = (machine.clone(), host.clone(), handle.clone());
+    let spawned = thread::Builder::new().name("migration".into()).spawn({
+        let machine = machine.clone();
+        move || {
+            let result = (|| -> Result<Report> {
+                let mut source = Source::new(machine.clone(), &host)?;
+                let mut journal = crate::runtime::create_journal(&machine.dir.journal())?;
+                let id = MigrationId::random().context("the kernel gives no random numbers")?;
+                Ok(migrator::migrate(&mut source, id, Arc::new(dialer), &mut journal, &options, &mover))
+            })();
+            match result {
+                Ok(report) => machine.send(Event::MigrationOver(Box::new(report))),
+                Err(error) => {
+                    mover.fail(&format!("{error:#}"));
+                    machine.end_migration(None);
+                }
+            }
+        }
+    });
+    if let Err(error) = spawned {
+        machine.end_migration(None);
+        return Err(error).context("the migration's thread cannot be started");
+    }
+    Ok(handle)
+}
+
+/// Sends progress until the migration is over, then its report.
+fn watch(handle: &MigrationHandle, peer: &str, send: Send<'_>) -> Result<Answer> {
+    let mut seen = 0;
+    loop {
+        let (now, progress) = handle.wait(seen, PROGRESS_EVERY);
+        seen = now;
+        if progress.phase == migrator::Phase::Done
+            && let Some(report) = handle.report()
+        {
+            return Ok(Answer::Report(Box::new(report)));
+        }
+        // A watcher that went away is no reason to stop anything.
+        send(&Answer::Progress(ProgressView::new(peer, false, &progress)))?;
+    }
+}

@@ -1,0 +1,379 @@
+//! The one adapter between the two libraries: a [`vmm`] VM as [`migrator`] sees it.
+//!
+//! Nothing here decides anything: it translates page numbers, sections and errors, and compares what the two hosts can.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use migrator::bitmap::{Bitmap, ChunkBits};
+use migrator::layout::{CHUNK_PAGES, PageRun, RamLayout, RamRegion};
+use migrator::traits::{
+    Announcer, DestinationVm, GuestPages, Mismatch, NicAddresses, Part, Refusal, Section, SourceVm, StartError, Started,
+    VmDescription, VmError,
+};
+use serde::{Deserialize, Serialize};
+use vmm::host::{Host, KvmKind};
+use vmm::memory::dirty::Rearmer;
+use vmm::memory::pages::{self, Pages};
+use vmm::vm::{RunState, Vm};
+
+use super::spec::MachineSpec;
+use super::Machine;
+
+/// What the source tells of itself for the destination's preflight.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SourceFacts {
+    /// The VM as the user asked for it.
+    pub spec: MachineSpec,
+    /// CPUID as the guest has it.
+    pub cpuid: Vec<CpuidLeaf>,
+    /// Frequency of the guest's TSC.
+    pub tsc_khz: u32,
+    /// Hardware or software KVM.
+    pub kvm: KvmKind,
+    /// The host's CPU, for messages.
+    pub cpu_model: String,
+    /// `GenuineIntel`, …
+    pub cpu_vendor: String,
+}
+
+/// One CPUID leaf: function, index, eax, ebx, ecx, edx.
+pub type CpuidLeaf = [u32; 6];
+
+/// The guest's wall clock at the moment of saving: nanoseconds since 1970, as this host's clock had it.
+const SECTION_SAVED_AT: u16 = 0x1000;
+/// Version of the sections of this file.
+const VERSION: u16 = 1;
+/// Clocks of the two hosts that disagree by more than a blackout can last are not compared at all.
+const MAX_ELAPSED: Duration = Duration::from_secs(60);
+/// TSC frequencies this close (parts per million) count as equal: KVM does too (its tsc_tolerance_ppm).
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// Guest memory for the page streams.
+struct EndpointMemory {
+    layout: RamLayout,
+    pages: Pages,
+    rearmer: Rearmer,
+}
+
+impl EndpointMemory {
+    fn new(vm: &Vm) -> Self {
+        EndpointMemory { layout: layout(vm), pages: vm.pages(), rearmer: vm.rearmer() }
+    }
+}
+
+fn layout(vm: &Vm) -> RamLayout {
+    let regions = vm.ram_regions().into_iter().map(|r| RamRegion { gpa: r.gpa, bytes: r.bytes }).collect();
+    RamLayout::new(regions).expect("a VM that was built has a valid layout")
+}
+
+fn range(run: PageRun) -> Range<u64> {
+    run.first..run.first + run.pages
+}
+
+impl GuestPages for EndpointMemory {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn find_zero(&self, chunk: u64, wanted: &ChunkBits) -> io::Result<ChunkBits> {
+        let mut zero = ChunkBits::default();
+        for run in wanted.runs(chunk * CHUNK_PAGES) {
+            for page in range(run) {
+                if self.pages.is_zero(page)? {
+                    zero.set(page - chunk * CHUNK_PAGES);
+                }
+            }
+        }
+        Ok(zero)
+    }
+
+    fn rearm(&self, chunk: u64, bits: &ChunkBits) -> io::Result<()> {
+        let run = PageRun { first: chunk * CHUNK_PAGES, pages: self.layout.chunk_pages(chunk) };
+        let mut done = 0;
+        for piece in self.layout.pieces(run) {
+            // Regions are whole chunks but for the last one, so a piece begins at a word of the bitmap.
+            let words = &bits.0[(done / 64) as usize..(done + piece.pages).div_ceil(64) as usize];
+            self.rearmer.rearm(piece.region as u32, piece.first, words).map_err(io::Error::other)?;
+            done += piece.pages;
+        }
+        Ok(())
+    }
+
+    fn send(&self, parts: &[Part<'_>], to: BorrowedFd<'_>) -> io::Result<()> {
+        let parts: Vec<pages::Part<'_>> = parts
+            .iter()
+            .map(|part| match part {
+                Part::Bytes(bytes) => pages::Part::Bytes(bytes),
+                Part::Pages(run) => pages::Part::Pages(range(*run)),
+            })
+            .collect();
+        self.pages.write_to(&parts, to)
+    }
+
+    fn receive(&self, runs: &[PageRun], tail: &mut [u8], from: BorrowedFd<'_>) -> io::Result<()> {
+        let runs: Vec<Range<u64>> = runs.iter().map(|run| range(*run)).collect();
+        self.pages.read_from(&runs, tail, from)
+    }
+
+    fn read(&self, run: PageRun, into: &mut [u8]) -> io::Result<()> {
+        self.pages.copy_out(run.first, into)
+    }
+
+    fn write(&self, run: PageRun, from: &[u8]) -> io::Result<()> {
+        self.pages.copy_in(run.first, from)
+    }
+
+    fn clear(&self, run: PageRun) -> io::Result<()> {
+        self.pages.clear(range(run))
+    }
+}
+
+/// The VM that leaves.
+pub struct Source {
+    machine: Arc<Machine>,
+    description: VmDescription,
+    memory: Arc<dyn GuestPages>,
+}
+
+impl Source {
+    /// The machine's VM, described as it is now.
+    pub fn new(machine: Arc<Machine>, host: &Host) -> anyhow::Result<Self> {
+        let (description, memory) = machine.with_vm(|vm| {
+            let facts = SourceFacts {
+                spec: machine.spec.clone(),
+                cpuid: vm.cpu().cpuid.iter().map(|e| [e.function, e.index, e.eax, e.ebx, e.ecx, e.edx]).collect(),
+                tsc_khz: vm.cpu().tsc_khz,
+                kvm: vmm::host::kvm_kind(),
+                cpu_model: host.facts().cpu_model,
+                cpu_vendor: vmm::arch::cpuid::vendor(&host.cpuid),
+            };
+            let description = VmDescription {
+                name: machine.spec.name.clone(),
+                ram: layout(vm),
+                paused: vm.state() == RunState::Paused,
+                facts: serde_json::to_value(facts)?,
+            };
+            let memory: Arc<dyn GuestPages> = Arc::new(EndpointMemory::new(vm));
+            anyhow::Ok((description, memory))
+        })??;
+        Ok(Source { machine, description, memory })
+    }
+
+    fn vm<T, E: Into<VmError>>(&self, action: impl FnOnce(&mut Vm) -> Result<T, E>) -> Result<T, VmError> {
+        self.machine.with_vm(action)?.map_err(Into::into)
+    }
+}
+
+impl SourceVm for Source {
+    fn description(&self) -> VmDescription {
+        self.description.clone()
+    }
+
+    fn memory(&self) -> Arc<dyn GuestPages> {
+        self.memory.clone()
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), VmError> {
+        self.vm(Vm::start_dirty_log)
+    }
+
+    fn collect_dirty(&mut self, into: &mut Bitmap) -> Result<(), VmError> {
+        let regions = self.vm(Vm::collect_dirty)?;
+        for (index, words) in regions.iter().enumerate() {
+            let (Some(first), Some(region)) =
+                (self.description.ram.region_start(index), self.description.ram.regions().get(index))
+            else {
+                return Err("KVM's log has more regions than the VM".into());
+            };
+            into.or_words(first, region.bytes / vmm::memory::PAGE_BYTES, words);
+        }
+        Ok(())
+    }
+
+    fn stop_dirty_log(&mut self) {
+        if let Err(error) = self.vm(Vm::stop_dirty_log) {
+            tracing::warn!(%error, "the dirty log cannot be stopped");
+        }
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        self.vm(Vm::pause)
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        self.vm(Vm::resume)
+    }
+
+    fn save_state(&mut self) -> Result<Vec<Section>, VmError> {
+        let sections = self.vm(|vm| vm.save())?;
+        let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
+        let mut all: Vec<Section> = sections
+            .into_iter()
+            .map(|s| Section { kind: s.kind, instance: s.instance, version: s.version, bytes: s.bytes })
+            .collect();
+        all.push(Section { kind: SECTION_SAVED_AT, instance: 0, version: VERSION, bytes: saved_at.to_le_bytes().into() });
+        Ok(all)
+    }
+
+    fn gone(&mut self) -> Option<String> {
+        self.machine.guest_ended()
+    }
+}
+
+/// The VM that arrives.
+pub struct Destination {
+    machine: Arc<Machine>,
+    host: Arc<Host>,
+    memory: Option<Arc<dyn GuestPages>>,
+}
+
+impl Destination {
+    /// To be built into `machine`.
+    pub fn new(machine: Arc<Machine>, host: Arc<Host>) -> Self {
+        Destination { machine, host, memory: None }
+    }
+}
+
+impl DestinationVm for Destination {
+    fn prepare(&mut self, description: &VmDescription) -> Result<(), Refusal> {
+        let facts: SourceFacts = serde_json::from_value(description.facts.clone())
+            .map_err(|e| refusal(format!("the VM's description cannot be read: {e}")))?;
+        if facts.spec != self.machine.spec {
+            return Err(refusal("the VM's description changed after the offer".into()));
+        }
+        let mismatches = compare(&facts, &self.host);
+        if !mismatches.is_empty() {
+            return Err(Refusal { reason: format!("this host cannot run {}", description.name), mismatches });
+        }
+        self.machine.build_vm(&self.host).map_err(|e| refusal(format!("{e:#}")))?;
+        let memory = self.machine.with_vm(|vm| {
+            let memory: Arc<dyn GuestPages> = Arc::new(EndpointMemory::new(vm));
+            memory
+        });
+        let memory = memory.map_err(|e| refusal(e.to_string()))?;
+        if *memory.layout() != description.ram {
+            return Err(refusal("the VM's memory is laid out differently by this version of microvm".into()));
+        }
+        self.memory = Some(memory);
+        Ok(())
+    }
+
+    fn memory(&self) -> Arc<dyn GuestPages> {
+        self.memory.clone().expect("the migrator prepares before it asks for memory")
+    }
+
+    fn load_state(&mut self, mut sections: Vec<Section>) -> Result<(), VmError> {
+        let elapsed = take_elapsed(&mut sections)?;
+        let sections = sections
+            .into_iter()
+            .map(|s| vmm::snapshot::Section { kind: s.kind, instance: s.instance, version: s.version, bytes: s.bytes })
+            .collect();
+        self.machine.with_vm(|vm| vm.restore(sections, elapsed))?.map_err(Into::into)
+    }
+
+    fn start(&mut self, paused: bool) -> Result<Started, StartError> {
+        let started = self.machine.with_vm(|vm| {
+            if paused {
+                return Ok(Started { first_run: None });
+            }
+            vm.resume()?;
+            Ok(Started { first_run: vm.wait_entered() })
+        });
+        let failed = |may_have_run: bool, source: VmError| StartError { may_have_run, source };
+        started
+            .map_err(|e| failed(false, e.into()))?
+            .map_err(|e: vmm::vm::VmError| failed(true, e.into()))
+    }
+
+    fn announcer(&self) -> Arc<dyn Announcer> {
+        self.machine.clone()
+    }
+
+    fn discard(&mut self) {
+        self.memory = None;
+        self.machine.drop_vm();
+    }
+}
+
+impl Announcer for Machine {
+    fn addresses(&self) -> Vec<NicAddresses> {
+        let addresses = self.with_vm(|vm| vm.addresses()).unwrap_or_default();
+        addresses.into_iter().map(|a| NicAddresses { mac: a.mac, ipv4: a.ipv4, ipv6: a.ipv6 }).collect()
+    }
+
+    fn inject_frame(&self, nic: usize, frame: &[u8]) -> io::Result<()> {
+        self.with_vm(|vm| vm.inject(nic, frame)).map_err(io::Error::other)?
+    }
+
+    fn guest_announce(&self) -> bool {
+        self.with_vm(|vm| vm.guest_announce()).unwrap_or(false)
+    }
+}
+
+fn refusal(reason: String) -> Refusal {
+    Refusal { reason, mismatches: Vec::new() }
+}
+
+/// How long the guest has stood still, by the two hosts' clocks; nothing if they plainly disagree.
+fn take_elapsed(sections: &mut Vec<Section>) -> Result<Duration, VmError> {
+    let at = sections
+        .iter()
+        .position(|s| s.kind == SECTION_SAVED_AT && s.instance == 0)
+        .ok_or("saved state lacks the time at which it was saved")?;
+    let section = sections.remove(at);
+    if section.version != VERSION {
+        return Err(format!("saved state: the time has version {}, this program reads {VERSION}", section.version).into());
+    }
+    let bytes: [u8; 8] = section.bytes.as_slice().try_into().map_err(|_| "saved state: the time is damaged")?;
+    let saved_at = UNIX_EPOCH + Duration::from_nanos(u64::from_le_bytes(bytes));
+    let elapsed = SystemTime::now().duration_since(saved_at).unwrap_or_default();
+    if elapsed > MAX_ELAPSED {
+        tracing::warn!(?elapsed, "the clocks of the two hosts disagree: the guest's clock stays as it was at the source");
+        return Ok(Duration::ZERO);
+    }
+    Ok(elapsed)
+}
+
+/// Everything in which this host falls short of what the guest was promised.
+fn compare(facts: &SourceFacts, host: &Host) -> Vec<Mismatch> {
+    let here = host.facts();
+    let mut mismatches = Vec::new();
+    let mut differ = |what: &str, source: String, destination: String, hint: &str| {
+        mismatches.push(Mismatch { what: what.into(), source, destination, hint: hint.into() });
+    };
+    if facts.kvm != here.kvm {
+        let name = |kind| match kind {
+            KvmKind::Hardware => "hardware (VMX or SVM)".to_string(),
+            KvmKind::Software => "software".to_string(),
+        };
+        differ("KVM", name(facts.kvm), name(here.kvm), "migrate between hosts of one kind");
+    }
+    if facts.cpu_vendor != here.cpu_vendor {
+        differ("CPU vendor", facts.cpu_vendor.clone(), here.cpu_vendor.clone(), "");
+    }
+    let guest: Vec<_> = facts
+        .cpuid
+        .iter()
+        .map(|&[function, index, eax, ebx, ecx, edx]| vmm::arch::cpuid::leaf(function, index, [eax, ebx, ecx, edx]))
+        .collect();
+    for feature in vmm::arch::cpuid::missing_features(&guest, &host.cpuid) {
+        differ(&format!("CPU feature {feature}"), "yes".into(), "no".into(), "");
+    }
+    if let Some(khz) = host.tsc_khz() {
+        let difference = u64::from(khz.abs_diff(facts.tsc_khz)) * 1_000_000 / u64::from(khz.max(1));
+        if difference > TSC_TOLERANCE_PPM && !here.tsc_scaling {
+            let hint = "this CPU cannot scale its TSC";
+            differ("TSC frequency", format!("{} kHz", facts.tsc_khz), format!("{khz} kHz"), hint);
+        }
+    }
+    if facts.spec.memory_bytes > here.memory_available_bytes {
+        let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
+        let (needed, available) = (mib(facts.spec.memory_bytes), mib(here.memory_available_bytes));
+        differ("memory", format!("{needed} needed"), format!("{available} available"), "");
+    }
+    mismatches
+}

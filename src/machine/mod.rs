@@ -1,0 +1,379 @@
+//! The process that owns one VM: the VM itself, its console, its control socket, its migrations.
+//!
+//! [`Machine`] is shared by the threads of the process; [`process`] is its main loop; [`control`] answers the control socket;
+//! [`endpoint`] is how the migrator sees it.
+
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use migrator::{MigrationHandle, Outcome, Phase, Report};
+use serde::{Deserialize, Serialize};
+use vmm::devices::power::GuestEvent;
+use vmm::host::Host;
+use vmm::vm::{RunState, Vm};
+
+pub mod connections;
+pub mod console;
+pub mod control;
+pub mod endpoint;
+pub mod process;
+pub mod spec;
+pub mod view;
+
+use crate::runtime::{Runtime, VmDir};
+use console::Console;
+use spec::MachineSpec;
+
+/// What wakes the main loop.
+#[derive(Debug)]
+pub enum Event {
+    /// The guest did something, in the VM's life number `boot`.
+    Guest {
+        /// Which boot of the guest it belongs to; an old one's is not this one's.
+        boot: u64,
+        /// What it did.
+        event: GuestEvent,
+    },
+    /// End it now.
+    Kill,
+    /// A migration away has been settled.
+    MigrationOver(Box<Report>),
+}
+
+/// How a VM's time in this process ended, as it lies in `exit.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "reason", content = "detail")]
+pub enum Exit {
+    /// The guest switched itself off.
+    PoweredOff,
+    /// It crashed: triple fault, or KVM cannot go on.
+    Crashed(String),
+    /// Its kernel panicked, and then reset.
+    Panicked,
+    /// It asked for a reboot that this host cannot give it.
+    CannotReboot(String),
+    /// It was stopped by force.
+    Killed,
+    /// It lives on another host.
+    Moved(String),
+}
+
+impl Exit {
+    /// A sentence about the VM `name`.
+    pub fn sentence(&self, name: &str) -> String {
+        match self {
+            Exit::PoweredOff => format!("{name} powered off"),
+            Exit::Crashed(why) => format!("{name} crashed: {why}"),
+            Exit::Panicked => format!("{name} ended with a kernel panic"),
+            Exit::CannotReboot(why) => format!("{name} asked for a reboot and ended: {why}"),
+            Exit::Killed => format!("{name} was stopped by force"),
+            Exit::Moved(to) => format!("{name} was migrated to {to} and runs there"),
+        }
+    }
+
+    /// Whether that is what somebody wanted.
+    pub fn is_clean(&self) -> bool {
+        matches!(self, Exit::PoweredOff | Exit::Killed | Exit::Moved(_))
+    }
+}
+
+/// What is known of a migration, at either side.
+#[derive(Clone)]
+struct Migration {
+    handle: MigrationHandle,
+    /// The other side, as the user called it.
+    peer: String,
+    incoming: bool,
+}
+
+struct Status {
+    /// What the guest did that ends it, until the main loop has acted on it.
+    guest_end: Option<GuestEvent>,
+    panicked: bool,
+    migration: Option<Migration>,
+    last_migration: Option<Report>,
+    exit: Option<Exit>,
+    boot: u64,
+}
+
+/// A VM and what the process knows of it.
+pub struct Machine {
+    /// What the user asked for.
+    pub spec: MachineSpec,
+    /// Its folder.
+    pub dir: VmDir,
+    /// The host's runtime folder.
+    pub runtime: Runtime,
+    /// Its console.
+    pub console: Console,
+    vm: Mutex<Option<Vm>>,
+    status: Mutex<Status>,
+    changed: Condvar,
+    events: Mutex<Sender<Event>>,
+    started: SystemTime,
+}
+
+/// There is no VM: it is not built yet, or gone.
+#[derive(Debug, thiserror::Error)]
+#[error("the VM is not there")]
+pub struct NoVm;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic in one thread must not take the VM from the others: what these locks guard is changed in single steps.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Machine {
+    /// A machine without a VM.
+    pub fn new(spec: MachineSpec, dir: VmDir, runtime: Runtime, console: Console, events: Sender<Event>) -> Arc<Self> {
+        let status =
+            Status { guest_end: None, panicked: false, migration: None, last_migration: None, exit: None, boot: 0 };
+        Arc::new(Machine {
+            spec,
+            dir,
+            runtime,
+            console,
+            vm: Mutex::new(None),
+            status: Mutex::new(status),
+            changed: Condvar::new(),
+            events: Mutex::new(events),
+            started: SystemTime::now(),
+        })
+    }
+
+    /// Does something with the VM. Nobody else does meanwhile.
+    pub fn with_vm<T>(&self, action: impl FnOnce(&mut Vm) -> T) -> Result<T, NoVm> {
+        lock(&self.vm).as_mut().map(action).ok_or(NoVm)
+    }
+
+    /// Wakes the main loop.
+    pub fn send(&self, event: Event) {
+        // The main loop is gone only when the process ends.
+        let _ = lock(&self.events).send(event);
+    }
+
+    /// Builds the VM, paused and empty, with its TAPs plugged in.
+    pub fn build_vm(self: &Arc<Self>, host: &Host) -> Result<()> {
+        let boot = {
+            let mut status = lock(&self.status);
+            status.boot += 1;
+            (status.guest_end, status.panicked) = (None, false);
+            status.boot
+        };
+        let machine = Arc::downgrade(self);
+        let events = Arc::new(move |event: GuestEvent| {
+            if let Some(machine) = machine.upgrade() {
+                machine.guest_did(boot, event);
+            }
+        });
+        let taps = self.spec.nets.iter().map(spec::NetSpec::plug_in).collect::<Result<Vec<_>>>()?;
+        let vm = Vm::build(host, self.spec.vm_config(), taps, Box::new(self.console.writer()), events)?;
+        *lock(&self.vm) = Some(vm);
+        Ok(())
+    }
+
+    /// Builds the VM and starts its kernel.
+    pub fn boot(self: &Arc<Self>, host: &Host) -> Result<()> {
+        let files = self.spec.boot.read()?;
+        self.build_vm(host)?;
+        self.with_vm(|vm| {
+            let kernel = self.spec.boot.kernel_name();
+            vm.load_kernel(&files.kernel, files.initrd.as_deref(), &self.spec.boot_cmdline())
+                .with_context(|| format!("cannot boot {kernel}"))?;
+            vm.resume().context("the VM cannot be started")
+        })?
+    }
+
+    /// Lets go of the VM: threads, memory, TAPs.
+    pub fn drop_vm(&self) {
+        let vm = lock(&self.vm).take();
+        drop(vm);
+    }
+
+    fn guest_did(&self, boot: u64, event: GuestEvent) {
+        {
+            let mut status = lock(&self.status);
+            if status.boot != boot {
+                return;
+            }
+            match event {
+                GuestEvent::Panicked => status.panicked = true,
+                _ if status.guest_end.is_none() => status.guest_end = Some(event.clone()),
+                _ => return,
+            }
+        }
+        self.send(Event::Guest { boot, event });
+    }
+
+    /// Why the guest is at its end, if it is.
+    pub fn guest_ended(&self) -> Option<String> {
+        lock(&self.status).guest_end.as_ref().map(|end| match end {
+            GuestEvent::PowerOff => "the guest powered off".into(),
+            GuestEvent::Reset => "the guest rebooted".into(),
+            GuestEvent::Crashed(why) => format!("the guest crashed: {why}"),
+            GuestEvent::Panicked => "the guest panicked".into(),
+        })
+    }
+
+    /// Takes part in a migration until [`Self::end_migration`]; refused while another one runs.
+    fn begin_migration(&self, handle: MigrationHandle, peer: String, incoming: bool) -> Result<()> {
+        let mut status = lock(&self.status);
+        if let Some(migration) = &status.migration {
+            let name = &self.spec.name;
+            let peer = &migration.peer;
+            bail!("{name} is being migrated already (with {peer}): microvm inspect {name} shows how far, microvm cancel {name} stops it");
+        }
+        if let Some(exit) = &status.exit {
+            bail!("{}", exit.sentence(&self.spec.name));
+        }
+        status.migration = Some(Migration { handle, peer, incoming });
+        Ok(())
+    }
+
+    fn end_migration(&self, report: Option<Report>) {
+        let mut status = lock(&self.status);
+        status.migration = None;
+        status.last_migration = report.or(status.last_migration.take());
+        self.changed.notify_all();
+    }
+
+    /// The migration under way.
+    fn migration(&self) -> Option<Migration> {
+        lock(&self.status).migration.clone()
+    }
+
+    /// Refuses what must not happen to a VM that is on its way.
+    fn check_at_home(&self, action: &str) -> Result<()> {
+        if self.migration().is_some() {
+            let name = &self.spec.name;
+            bail!("{name} is being migrated and cannot be {action} now: wait, or microvm cancel {name}");
+        }
+        Ok(())
+    }
+
+    /// Stops the guest where it is.
+    pub fn pause(&self) -> Result<()> {
+        self.check_at_home("paused")?;
+        self.with_vm(Vm::pause)?.context("the VM cannot be paused")
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) -> Result<()> {
+        self.check_at_home("resumed")?;
+        self.with_vm(Vm::resume)?.context("the VM cannot be resumed")
+    }
+
+    /// Presses the power button; waits for the guest to switch itself off until `patience` ends, then ends it.
+    pub fn stop(&self, patience: Duration) -> Result<Exit> {
+        self.check_at_home("stopped")?;
+        // A paused guest cannot answer.
+        if !patience.is_zero() && self.run_state() == Some(RunState::Running) {
+            let power = self.with_vm(|vm| vm.power())?;
+            lock(&power).press_button().context("the power button cannot be pressed")?;
+            if let Some(exit) = self.wait_exit(Some(patience)) {
+                return Ok(exit);
+            }
+        }
+        self.send(Event::Kill);
+        self.wait_exit(Some(Duration::from_secs(10))).context("the VM does not end")
+    }
+
+    /// Waits until the VM has ended here.
+    pub fn wait_exit(&self, patience: Option<Duration>) -> Option<Exit> {
+        let deadline = patience.map(|p| Instant::now() + p);
+        let mut status = lock(&self.status);
+        while status.exit.is_none() {
+            status = match deadline {
+                None => self.changed.wait(status).unwrap_or_else(PoisonError::into_inner),
+                Some(deadline) => {
+                    let left = deadline.checked_duration_since(Instant::now())?;
+                    self.changed.wait_timeout(status, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        status.exit.clone()
+    }
+
+    fn set_exit(&self, exit: Exit) {
+        lock(&self.status).exit = Some(exit);
+        self.changed.notify_all();
+    }
+
+    fn run_state(&self) -> Option<RunState> {
+        self.with_vm(|vm| vm.state()).ok()
+    }
+
+    /// One word for `ps`.
+    pub fn state(&self) -> State {
+        let (migration, ended, panicked) = {
+            let status = lock(&self.status);
+            (status.migration.clone(), status.exit.is_some(), status.panicked)
+        };
+        match migration.as_ref().map(|m| (m.incoming, m.handle.progress().phase)) {
+            Some((_, Phase::InDoubt)) => State::InDoubt,
+            Some((true, phase)) if phase != Phase::Done => State::Receiving,
+            Some((false, phase)) if phase != Phase::Done => State::Migrating,
+            _ if ended => State::Ended,
+            _ => match self.run_state() {
+                None => State::Starting,
+                Some(RunState::Paused) => State::Paused,
+                Some(RunState::Running) if panicked => State::Panicked,
+                Some(RunState::Running) => State::Running,
+            },
+        }
+    }
+}
+
+/// What `ps` says of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Being built.
+    Starting,
+    /// Running.
+    Running,
+    /// Stopped where it is; `resume` lets it go on.
+    Paused,
+    /// Running, and its kernel says that it panicked.
+    Panicked,
+    /// Running here, on its way to another host.
+    Migrating,
+    /// On its way here from another host.
+    Receiving,
+    /// COMMIT was sent and nothing heard: paused here until it is known who owns the VM.
+    InDoubt,
+    /// Its time here is over.
+    Ended,
+}
+
+impl std::fmt::Display for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            State::Starting => "starting",
+            State::Running => "running",
+            State::Paused => "paused",
+            State::Panicked => "panicked",
+            State::Migrating => "migrating",
+            State::Receiving => "receiving",
+            State::InDoubt => "in-doubt",
+            State::Ended => "ended",
+        })
+    }
+}
+
+/// Seconds since 1970, for what people read.
+fn unix_seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// The exit code that an outcome stands for (docs: "Exit codes").
+pub fn exit_code(outcome: Outcome) -> u8 {
+    match outcome {
+        Outcome::Completed => 0,
+        Outcome::Failed => 1,
+        Outcome::Cancelled => 3,
+        Outcome::InDoubt => 4,
+    }
+}

@@ -1,0 +1,180 @@
+//! What a user asked for, as the VM process gets it, as it lies in `config.json`, and as it travels to another host.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+use vmm::config::{MacAddr, NicConfig, VmConfig};
+
+/// A VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineSpec {
+    /// Its name.
+    pub name: String,
+    /// vCPUs.
+    pub cpus: u8,
+    /// RAM in bytes.
+    pub memory_bytes: u64,
+    /// What boots.
+    pub boot: BootSpec,
+    /// Network interfaces.
+    pub nets: Vec<NetSpec>,
+}
+
+/// What boots.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootSpec {
+    /// The kernel's file; `None` is the built-in guest.
+    pub kernel: Option<PathBuf>,
+    /// The initrd's file.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+}
+
+/// A network interface: what the guest sees, and where the host plugs it in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetSpec {
+    /// The TAP's name; `None`: a new one, named by the kernel.
+    pub tap: Option<String>,
+    /// The bridge that the TAP is put on.
+    pub bridge: Option<String>,
+    /// The guest's MAC address.
+    pub mac: MacAddr,
+    /// The guest's addresses, for announcing; with prefix lengths as given.
+    pub ips: Vec<Cidr>,
+}
+
+/// An address with the length of its network's prefix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Cidr {
+    /// The address.
+    pub address: IpAddr,
+    /// Bits of the prefix.
+    pub prefix: u8,
+}
+
+impl FromStr for Cidr {
+    type Err = anyhow::Error;
+
+    fn from_str(word: &str) -> Result<Self> {
+        let (address, prefix) = word.split_once('/').map_or((word, None), |(a, p)| (a, Some(p)));
+        let address: IpAddr = address
+            .parse()
+            .map_err(|_| anyhow::anyhow!("{word:?} is not an address: write 10.0.0.2/24 or fd00::2/64"))?;
+        let bits = if address.is_ipv4() { 32 } else { 128 };
+        let prefix = prefix.map_or(Ok(bits), |p| p.parse().ok().filter(|p| *p <= bits).with_context(|| format!("{word:?} has no prefix length from 0 to {bits}")))?;
+        Ok(Cidr { address, prefix })
+    }
+}
+
+impl std::fmt::Display for Cidr {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.address, self.prefix)
+    }
+}
+
+impl TryFrom<String> for Cidr {
+    type Error = anyhow::Error;
+    fn try_from(word: String) -> Result<Self> {
+        word.parse()
+    }
+}
+
+impl From<Cidr> for String {
+    fn from(cidr: Cidr) -> Self {
+        cidr.to_string()
+    }
+}
+
+/// `52:54:00:12:34:56`.
+pub fn parse_mac(word: &str) -> Result<MacAddr> {
+    let bytes: Option<Vec<u8>> =
+        word.split(':').map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2)).collect();
+    bytes
+        .and_then(|bytes| bytes.try_into().ok())
+        .with_context(|| format!("{word:?} is not a MAC address: write six pairs of hexadecimal digits, like 52:54:00:12:34:56"))
+}
+
+/// A MAC address of the locally administered kind that QEMU uses, the same for the same name and interface.
+fn mac_of(name: &str, index: usize) -> MacAddr {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64; // FNV-1a: stable, and good enough for 24 bits
+    for byte in name.bytes().chain([index as u8]) {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    }
+    let [a, b, c, ..] = hash.to_be_bytes();
+    [0x52, 0x54, 0x00, a, b, c]
+}
+
+impl NetSpec {
+    /// `tap=NAME | bridge=NAME[,mac=…][,ip=CIDR]…`, interface number `index` of the VM `name`.
+    pub fn parse(option: &str, name: &str, index: usize) -> Result<Self> {
+        let mut net = NetSpec { tap: None, bridge: None, mac: mac_of(name, index), ips: Vec::new() };
+        for part in option.split(',') {
+            let (key, value) = part.split_once('=').unwrap_or((part, ""));
+            ensure!(!value.is_empty(), "--net {option}: {part:?} has no value; write tap=NAME or bridge=NAME, then ,mac=… and ,ip=… as needed");
+            match key {
+                "tap" => net.tap = Some(value.into()),
+                "bridge" => net.bridge = Some(value.into()),
+                "mac" => net.mac = parse_mac(value).with_context(|| format!("--net {option}"))?,
+                "ip" => net.ips.push(value.parse().with_context(|| format!("--net {option}"))?),
+                _ => bail!("--net {option}: {key:?} is not known; it takes tap=, bridge=, mac= and ip="),
+            }
+        }
+        ensure!(net.tap.is_some() || net.bridge.is_some(), "--net {option}: say where to plug it in, with bridge=NAME or tap=NAME");
+        Ok(net)
+    }
+}
+
+impl MachineSpec {
+    /// The machine that the guest sees.
+    pub fn vm_config(&self) -> VmConfig {
+        let nics = self.nets.iter().map(|n| NicConfig { mac: n.mac, ips: n.ips.iter().map(|c| c.address).collect() });
+        VmConfig { cpus: self.cpus, memory_bytes: self.memory_bytes, nics: nics.collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn net_options() {
+        let net = NetSpec::parse("bridge=br0,mac=52:54:00:00:00:07,ip=10.0.0.2/24,ip=fd00::2", "web", 0).unwrap();
+        assert_eq!(net.bridge.as_deref(), Some("br0"));
+        assert_eq!(net.mac, [0x52, 0x54, 0, 0, 0, 7]);
+        assert_eq!(net.ips.iter().map(Cidr::to_string).collect::<Vec<_>>(), ["10.0.0.2/24", "fd00::2/128"]);
+        for bad in ["", "br0", "bridge=", "mac=52:54:00:00:00:07", "bridge=b,mac=1", "bridge=b,ip=1", "bridge=b,ip=10.0.0.1/33", "bridge=b,x=y"] {
+            assert!(NetSpec::parse(bad, "web", 0).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn macs_are_stable_unicast_and_differ() {
+        assert_eq!(mac_of("web", 0), mac_of("web", 0));
+        assert_ne!(mac_of("web", 0), mac_of("web", 1));
+        assert_ne!(mac_of("web", 0), mac_of("db", 0));
+        for bad in ["", "52:54:00:00:00", "52:54:00:00:00:0g", "52:54:00:00:00:007", "5254.0000.0007"] {
+            assert!(parse_mac(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_spec_survives_its_file() {
+        let spec = MachineSpec {
+            name: "web".into(),
+            cpus: 2,
+            memory_bytes: 1 << 30,
+            boot: BootSpec { kernel: None, initrd: None, cmdline: "ws=1M".into() },
+            nets: vec![NetSpec::parse("bridge=br0,ip=10.0.0.2/24", "web", 0).unwrap()],
+        };
+        let text = serde_json::to_string(&spec).unwrap();
+        assert_eq!(serde_json::from_str::<MachineSpec>(&text).unwrap(), spec);
+    }
+}

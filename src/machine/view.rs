@@ -1,0 +1,236 @@
+//! What the control socket says: requests, answers, and the VM as others see it. One JSON object a line.
+
+use std::time::Duration;
+
+use migrator::{Options, Progress, Report};
+use serde::{Deserialize, Serialize};
+
+use super::spec::{BootSpec, NetSpec};
+use super::{Exit, Machine, State, lock, unix_seconds};
+
+/// What a client asks.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "op")]
+pub enum Request {
+    /// All about the VM.
+    Inspect,
+    /// Stop the guest where it is.
+    Pause,
+    /// Let it go on.
+    Resume,
+    /// Power button, then by force.
+    Stop {
+        /// How long to wait for the guest, in milliseconds.
+        patience_ms: u64,
+    },
+    /// Move it to another host. Answered by progress lines and then the report.
+    Migrate(MigrateRequest),
+    /// Progress lines and the report of the migration under way.
+    Watch,
+    /// Stop the migration.
+    Cancel,
+    /// Settle a migration in doubt.
+    Resolve {
+        /// Keep the VM here (true), or give it to the destination.
+        keep: bool,
+    },
+    /// Answered when the VM has ended here.
+    Wait,
+}
+
+/// `microvm migrate`, as the VM process gets it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MigrateRequest {
+    /// HOST or HOST:PORT.
+    pub to: String,
+    /// Allowed blackout, in microseconds.
+    pub max_downtime_us: u64,
+    /// Limit for everything up to the switchover, in milliseconds.
+    pub timeout_ms: Option<u64>,
+    /// Cap, bytes a second.
+    pub bandwidth: Option<u64>,
+    /// `pre-copy` or `stop-and-copy`.
+    pub mode: Mode,
+    /// Compare hashes of all memory at the switchover.
+    pub verify: bool,
+}
+
+/// How memory moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Copy while the guest runs, pause it for the rest.
+    PreCopy,
+    /// Pause it, then copy everything.
+    StopAndCopy,
+}
+
+impl MigrateRequest {
+    /// As the migrator wants it.
+    pub fn options(&self) -> Options {
+        let from = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        Options {
+            from,
+            mode: match self.mode {
+                Mode::PreCopy => migrator::Mode::PreCopy,
+                Mode::StopAndCopy => migrator::Mode::StopAndCopy,
+            },
+            max_downtime: Duration::from_micros(self.max_downtime_us),
+            timeout: self.timeout_ms.map(Duration::from_millis),
+            bandwidth: self.bandwidth,
+            verify: self.verify,
+            ..Options::default()
+        }
+    }
+}
+
+/// One line of an answer.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// Done.
+    Ok,
+    /// Not done, and why.
+    Error(String),
+    /// [`Request::Inspect`].
+    Vm(Box<VmView>),
+    /// How far a migration is.
+    Progress(ProgressView),
+    /// How it ended.
+    Report(Box<Report>),
+    /// How the VM ended.
+    Exit(Exit),
+}
+
+/// A VM, for `inspect` and `ps`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VmView {
+    /// Its name.
+    pub name: String,
+    /// What it is doing.
+    pub state: State,
+    /// Its process.
+    pub pid: u32,
+    /// Seconds since 1970 at which this process got it.
+    pub since: u64,
+    /// vCPUs.
+    pub cpus: u8,
+    /// RAM in bytes.
+    pub memory_bytes: u64,
+    /// What boots.
+    pub boot: BootSpec,
+    /// Interfaces as configured.
+    pub nets: Vec<NetSpec>,
+    /// The guest's addresses as far as they are known, interface by interface.
+    pub addresses: Vec<Vec<String>>,
+    /// Traffic, interface by interface.
+    pub traffic: Vec<Traffic>,
+    /// The migration under way.
+    pub migration: Option<ProgressView>,
+    /// The last migration that ended here.
+    pub last_migration: Option<Report>,
+}
+
+/// What an interface has carried, from the guest's side.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Frames received by the guest.
+    pub rx_packets: u64,
+    /// Bytes received.
+    pub rx_bytes: u64,
+    /// Frames sent by the guest.
+    pub tx_packets: u64,
+    /// Bytes sent.
+    pub tx_bytes: u64,
+    /// Frames lost here, either way.
+    pub dropped: u64,
+}
+
+/// How far a migration is.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ProgressView {
+    /// The other side.
+    pub peer: String,
+    /// Whether the VM comes here.
+    pub incoming: bool,
+    /// `preflight`, `pre-copy`, …
+    pub phase: migrator::Phase,
+    /// The round under way.
+    pub round: u32,
+    /// Pages of this round sent.
+    pub pages_done: u64,
+    /// Pages of this round.
+    pub pages_total: u64,
+    /// Bytes sent so far.
+    pub bytes_sent: u64,
+    /// Bytes a second that the guest dirties.
+    pub dirty_rate: Option<u64>,
+    /// Bytes a second that the link carries.
+    pub bandwidth: Option<u64>,
+    /// Milliseconds that this round will still take.
+    pub eta_ms: Option<u64>,
+    /// The blackout if the switchover began now, in milliseconds.
+    pub predicted_blackout_ms: Option<f64>,
+    /// Milliseconds since the start.
+    pub elapsed_ms: u64,
+    /// In doubt for so many milliseconds.
+    pub in_doubt_ms: Option<u64>,
+    /// In doubt: the latest answer, or why there is none.
+    pub last_answer: Option<String>,
+}
+
+impl ProgressView {
+    /// From the migrator's own.
+    pub fn new(peer: &str, incoming: bool, progress: &Progress) -> Self {
+        let ms = |d: Duration| d.as_millis() as u64;
+        ProgressView {
+            peer: peer.into(),
+            incoming,
+            phase: progress.phase,
+            round: progress.round,
+            pages_done: progress.pages_done,
+            pages_total: progress.pages_total,
+            bytes_sent: progress.bytes_sent,
+            dirty_rate: progress.dirty_rate,
+            bandwidth: progress.bandwidth,
+            eta_ms: progress.eta.map(ms),
+            predicted_blackout_ms: progress.predicted_blackout.map(|d| d.as_secs_f64() * 1e3),
+            elapsed_ms: ms(progress.elapsed),
+            in_doubt_ms: progress.in_doubt_since.map(|since| ms(progress.elapsed.saturating_sub(since))),
+            last_answer: progress.last_answer.clone(),
+        }
+    }
+}
+
+impl Machine {
+    /// All about the VM.
+    pub fn view(&self) -> VmView {
+        let migration = self.migration().map(|m| ProgressView::new(&m.peer, m.incoming, &m.handle.progress()));
+        let (addresses, traffic) = self.with_vm(|vm| (vm.addresses(), vm.traffic())).unwrap_or_default();
+        let addresses = addresses.into_iter().map(|nic| {
+            let v4 = nic.ipv4.iter().map(ToString::to_string);
+            v4.chain(nic.ipv6.iter().map(ToString::to_string)).collect()
+        });
+        let traffic = traffic.into_iter().map(|t| Traffic {
+            rx_packets: t.rx_packets,
+            rx_bytes: t.rx_bytes,
+            tx_packets: t.tx_packets,
+            tx_bytes: t.tx_bytes,
+            dropped: t.dropped,
+        });
+        VmView {
+            name: self.spec.name.clone(),
+            state: self.state(),
+            pid: std::process::id(),
+            since: unix_seconds(self.started),
+            cpus: self.spec.cpus,
+            memory_bytes: self.spec.memory_bytes,
+            boot: self.spec.boot.clone(),
+            nets: self.spec.nets.clone(),
+            addresses: addresses.collect(),
+            traffic: traffic.collect(),
+            migration,
+            last_migration: lock(&self.status).last_migration.clone(),
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! Where a host keeps its VMs: `$MICROVM_RUNTIME_DIR/vms/NAME/…`, one folder a VM, and `handoffs/ID`, one journal an incoming
+//! migration.
+//!
+//! A VM process holds a lock on its folder as long as it lives; so a name is taken exactly as long as somebody owns it, and a
+//! folder without a holder is what a killed process left.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use migrator::MigrationId;
+
+/// The longest name: socket paths have 108 bytes.
+pub const MAX_NAME_BYTES: usize = 40;
+
+/// This host's runtime folder.
+#[derive(Debug, Clone)]
+pub struct Runtime {
+    root: PathBuf,
+}
+
+/// A VM's folder.
+#[derive(Debug, Clone)]
+pub struct VmDir {
+    name: String,
+    path: PathBuf,
+}
+
+/// The lock on a VM's folder; whoever holds it is the VM's process.
+#[derive(Debug)]
+pub struct VmLock(#[allow(dead_code)] File);
+
+/// Checks a VM's name: it is a folder's name, an argument and a word in messages.
+pub fn check_name(name: &str) -> Result<()> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.is_empty() || name.len() > MAX_NAME_BYTES || name.starts_with(['.', '-']) || !name.chars().all(good) {
+        bail!("{name:?} is not a VM name: use 1 to {MAX_NAME_BYTES} letters, digits, '-', '_' or '.', beginning with a letter or digit");
+    }
+    Ok(())
+}
+
+impl Runtime {
+    /// `$MICROVM_RUNTIME_DIR`; else `/run/microvm` for root, `$XDG_RUNTIME_DIR/microvm` for others.
+    pub fn from_env() -> Result<Self> {
+        let root = match std::env::var_os("MICROVM_RUNTIME_DIR") {
+            Some(dir) => PathBuf::from(dir),
+            None if rustix::process::geteuid().is_root() => "/run/microvm".into(),
+            None => PathBuf::from(
+                std::env::var_os("XDG_RUNTIME_DIR").context("neither MICROVM_RUNTIME_DIR nor XDG_RUNTIME_DIR is set: set one of them")?,
+            )
+            .join("microvm"),
+        };
+        let root = std::path::absolute(root)?;
+        let longest = root.join("vms").join("x".repeat(MAX_NAME_BYTES)).join("control.sock").as_os_str().len();
+        if longest >= 108 {
+            bail!("the runtime folder {} has too long a path for sockets in it: set MICROVM_RUNTIME_DIR to a shorter one", root.display());
+        }
+        Ok(Runtime { root })
+    }
+
+    /// The folder of the VM `name`, which need not exist.
+    pub fn vm(&self, name: &str) -> Result<VmDir> {
+        check_name(name)?;
+        Ok(VmDir { name: name.into(), path: self.root.join("vms").join(name) })
+    }
+
+    /// All VM folders, by name.
+    pub fn vms(&self) -> Result<Vec<VmDir>> {
+        let dir = self.root.join("vms");
+        let entries = match fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(e).with_context(|| format!("cannot list {}", dir.display())),
+        };
+        let mut names: Vec<String> = entries
+            .filter_map(|e| e.ok()?.file_name().into_string().ok())
+            .filter(|name| check_name(name).is_ok())
+            .collect();
+        names.sort();
+        names.iter().map(|name| self.vm(name)).collect()
+    }
+
+    /// The journal of an incoming migration.
+    pub fn handoff(&self, id: MigrationId) -> Result<PathBuf> {
+        let dir = self.root.join("handoffs");
+        make_dir(&dir)?;
+        Ok(dir.join(id.to_string()))
+    }
+}
+
+fn make_dir(path: &Path) -> Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("cannot make the folder {}: set MICROVM_RUNTIME_DIR to one that you can write to", path.display()))
+}
+
+impl VmDir {
+    /// The VM's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A file of the VM.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// The control socket.
+    pub fn control_socket(&self) -> PathBuf {
+        self.file("control.sock")
+    }
+
+    /// The console's socket.
+    pub fn console_socket(&self) -> PathBuf {
+        self.file("console.sock")
+    }
+
+    /// The console's log.
+    pub fn console_log(&self) -> PathBuf {
+        self.file("console.log")
+    }
+
+    /// What the VM is made from.
+    pub fn config(&self) -> PathBuf {
+        self.file("config.json")
+    }
+
+    /// How the guest ended, once it has.
+    pub fn exit(&self) -> PathBuf {
+        self.file("exit.json")
+    }
+
+    /// The VM process's own messages.
+    pub fn process_log(&self) -> PathBuf {
+        self.file("vm.log")
+    }
+
+    /// The source's handoff journal.
+    pub fn journal(&self) -> PathBuf {
+        self.file("journal")
+    }
+
+    /// Whether the folder is there.
+    pub fn exists(&self) -> bool {
+        self.path.is_dir()
+    }
+
+    /// Makes the folder and takes it. Fails if the name is taken, by a living VM or by what is left of one.
+    pub fn claim(&self) -> Result<VmLock> {
+        if let Some(parent) = self.path.parent() {
+            make_dir(parent)?;
+        }
+        match fs::DirBuilder::new().mode(0o700).create(&self.path) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                let name = &self.name;
+                if self.is_held()? {
+                    bail!("the name {name} is taken by a running VM: choose another with --name, or: microvm stop {name}");
+                }
+                bail!("the name {name} is taken by a VM that has ended: microvm logs {name} shows its output, microvm rm {name} frees the name");
+            }
+            Err(e) => return Err(e).with_context(|| format!("cannot make the folder {}", self.path.display())),
+        }
+        match self.lock() {
+            Ok(Some(lock)) => Ok(lock),
+            Ok(None) => bail!("the name {} has just been taken by another VM", self.name),
+            Err(e) => {
+                let _ = fs::remove_dir_all(&self.path);
+                Err(e)
+            }
+        }
+    }
+
+    /// Takes the lock; `None` if a living process has it.
+    pub fn lock(&self) -> Result<Option<VmLock>> {
+        let path = self.file("lock");
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .with_context(|| format!("cannot open {}", path.display()))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(VmLock(file))),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(e)) => Err(e).with_context(|| format!("cannot lock {}", path.display())),
+        }
+    }
+
+    /// Whether a living process owns the VM.
+    pub fn is_held(&self) -> Result<bool> {
+        Ok(self.exists() && self.lock()?.is_none())
+    }
+
+    /// Removes the folder.
+    pub fn remove(&self) -> Result<()> {
+        fs::remove_dir_all(&self.path).with_context(|| format!("cannot remove {}", self.path.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_are_no_folder_are_refused() {
+        for name in ["web", "web-1", "a.b_c", "0"] {
+            check_name(name).unwrap();
+        }
+        for name in ["", ".", "..", "-x", ".hidden", "a/b", "a b", "ü", &"x".repeat(41)] {
+            assert!(check_name(name).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_taken_as_long_as_somebody_holds_it_and_until_its_rest_is_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let runtime = Runtime { root: root.path().into() };
+        let vm = runtime.vm("web").unwrap();
+        let lock = vm.claim().unwrap();
+        assert!(vm.is_held().unwrap());
+        assert!(vm.claim().unwrap_err().to_string().contains("running VM"));
+        drop(lock);
+        assert!(vm.claim().unwrap_err().to_string().contains("microvm rm web"));
+        vm.remove().unwrap();
+        drop(vm.claim().unwrap());
+        assert_eq!(runtime.vms().unwrap().iter().map(VmDir::name).collect::<Vec<_>>(), ["web"]);
+    }
+}
