@@ -34,6 +34,17 @@ pub enum Command {
     Crash,
 }
 
+impl Command {
+    /// Its name in an event.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PowerOff => "poweroff",
+            Self::Reboot => "reboot",
+            Self::Crash => "crash",
+        }
+    }
+}
+
 /// Answers what has come of a request so far. `None`: the head is not complete yet.
 pub fn answer(request: &[u8], guest: &mut dyn Guest, out: &mut Answer) -> Option<Option<Command>> {
     out.clear();

@@ -82,10 +82,11 @@ impl Load {
             "rate" => parse_rate(value).map(|rate| self.rate = rate).ok_or(EXPECTED_RATE),
             "verify" => parse_rate(value).map(|rate| self.verify = rate).ok_or(EXPECTED_RATE),
             "pattern" => match value {
-                "seq" => Ok(self.pattern = Pattern::Sequential),
-                "random" => Ok(self.pattern = Pattern::Random),
+                "seq" => Ok(Pattern::Sequential),
+                "random" => Ok(Pattern::Random),
                 _ => Err(Expected("seq or random")),
-            },
+            }
+            .map(|pattern| self.pattern = pattern),
             _ => return None,
         })
     }

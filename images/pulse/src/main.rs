@@ -8,15 +8,18 @@
 #![no_main]
 
 mod machine;
+mod net;
 mod platform;
 
 use core::panic::PanicInfo;
 use machine::Machine;
 use platform::interrupts;
+use smoltcp::iface::SocketStorage;
 
 /// The guest, from ring 3 on.
 fn run(start_info: u64, has_kvm_clock: bool) -> ! {
-    let mut machine = Machine::start(start_info, has_kvm_clock);
+    let mut sockets = [SocketStorage::EMPTY; net::SOCKETS];
+    let mut machine = Machine::start(start_info, has_kvm_clock, &mut sockets);
     loop {
         machine.step();
     }

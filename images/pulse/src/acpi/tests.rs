@@ -50,7 +50,7 @@ fn virtio(base: u32, irq: u32) -> Vec<u8> {
 }
 
 /// A machine with two devices; `fadt` may change its FADT. Returns the memory and the address of the root pointer.
-fn machine(fadt: impl Fn(&mut Vec<u8>)) -> (Memory, u64) {
+fn machine(fadt: impl Fn(&mut [u8])) -> (Memory, u64) {
     let mut memory = Memory(Vec::new());
     let mut aml = b"\x08_S5_\x12\x06\x04\x0a\x05\x00\x00\x00".to_vec();
     aml.extend(virtio(0xd000_0000, 5));
@@ -74,7 +74,7 @@ fn machine(fadt: impl Fn(&mut Vec<u8>)) -> (Memory, u64) {
     (memory, rsdp)
 }
 
-fn fixed_hardware(fadt: &mut Vec<u8>) {
+fn fixed_hardware(fadt: &mut [u8]) {
     put(fadt, 48, &0xb2u32.to_le_bytes());
     put(fadt, 52, &[2]);
     put(fadt, 56, &0x600u32.to_le_bytes());

@@ -48,7 +48,7 @@ impl Memory {
         const LARGE: u64 = 1 << 7;
         let Some(table) = self.take(PAGE_BYTES) else { return false };
         for index in 0..512u64 {
-            let entry = gib * GIB + (index << 21) | LARGE | PRESENT_WRITABLE_USER;
+            let entry = (gib * GIB + (index << 21)) | LARGE | PRESENT_WRITABLE_USER;
             // SAFETY: `take` gave a page to us alone, and 512 entries of 8 bytes fill it.
             unsafe { table.cast::<u64>().add(index as usize).write(entry) };
         }
@@ -67,19 +67,25 @@ impl Memory {
 
     /// Takes a buffer of zeros.
     pub fn take_buffer(&mut self, bytes: usize) -> Option<&'static mut [u8]> {
-        let start = self.take(bytes as u64)?;
-        // SAFETY: the memory is mapped and, taken out of the map, ours alone for good; the write makes it initialized.
-        unsafe {
-            start.write_bytes(0, bytes);
-            Some(core::slice::from_raw_parts_mut(start.as_ptr(), bytes))
+        self.take_array(0u8, bytes)
+    }
+
+    /// Takes an array.
+    pub fn take_array<T: Copy>(&mut self, value: T, len: usize) -> Option<&'static mut [T]> {
+        let start = self.take((len * size_of::<T>()) as u64)?.cast::<T>();
+        for index in 0..len {
+            // SAFETY: the memory is mapped and, taken out of the map, ours alone for good; page-aligned, it suits any `T`.
+            unsafe { start.add(index).write(value) };
         }
+        // SAFETY: as above, and all of it has just been written.
+        Some(unsafe { core::slice::from_raw_parts_mut(start.as_ptr(), len) })
     }
 
     /// All that is left, and the table of generations for it.
     pub fn into_pages(mut self) -> (WorkingMemory, &'static mut [u32]) {
         let entries = self.ram.pages();
         let table = match self.take(entries * 4) {
-            // SAFETY: as in `take_buffer`, except that the memory keeps whatever the machine put there, which any `u32`
+            // SAFETY: as in `take_array`, except that the memory keeps whatever the machine put there, which any `u32`
             // may be: a big table would take long to clear, and the workload sets each entry before it reads it.
             Some(table) => unsafe { core::slice::from_raw_parts_mut(table.cast().as_ptr(), entries as usize) },
             None => &mut [],
