@@ -20,7 +20,7 @@ use pulse_core::workload::Workload;
 
 /// Wrong pages that are printed in a second; all are counted.
 const WRONG_PAGES_A_SECOND: u32 = 20;
-/// The longest sleep of a guest that has a rate to keep.
+/// The longest sleep of a guest that has a rate to keep, or a card that cannot wake it.
 const BUSY_TICK_NS: u64 = 1_000_000;
 /// The longest sleep of a guest that only checks now and then.
 const IDLE_TICK_NS: u64 = 10_000_000;
@@ -167,10 +167,9 @@ impl<'s> Machine<'s> {
     }
 
     fn longest_sleep(&self) -> u64 {
-        self.settings.tick_ns.unwrap_or(match self.workload.load().rate {
-            Rate::BytesPerSecond(0) => IDLE_TICK_NS,
-            _ => BUSY_TICK_NS,
-        })
+        let idle = self.workload.load().rate == Rate::BytesPerSecond(0);
+        let is_woken = self.net.as_ref().is_none_or(|net| net.has_interrupt);
+        self.settings.tick_ns.unwrap_or(if idle && is_woken { IDLE_TICK_NS } else { BUSY_TICK_NS })
     }
 
     fn report(&mut self, now_ns: u64) {
