@@ -19,6 +19,9 @@ use crate::traits::{Announcer, NicAddresses};
 /// The shortest Ethernet frame, without its checksum; shorter ones are padded with zeros.
 pub const MIN_FRAME_BYTES: usize = 60;
 
+/// The most addresses that a report lists.
+const MAX_REPORTED_ADDRESSES: usize = 256;
+
 const BROADCAST: [u8; 6] = [0xff; 6];
 const RARP: EtherType = EtherType(0x8035);
 const RARP_REQUEST: ArpOperation = ArpOperation(3);
@@ -77,6 +80,8 @@ pub fn plan(nics: &[NicAddresses], schedule: &Schedule) -> Plan {
         plan.report.addresses.extend(ipv4.iter().map(ToString::to_string));
         plan.report.addresses.extend(ipv6.iter().map(ToString::to_string));
     }
+    // It goes into a message, whose length has a limit.
+    plan.report.addresses.truncate(MAX_REPORTED_ADDRESSES);
     plan
 }
 

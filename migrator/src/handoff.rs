@@ -56,14 +56,14 @@ impl Step {
 
     /// Whether the next step must wait until this one is on stable storage.
     ///
-    /// The others may be lost to a power cut, because the process died with it, and the answer is the same without them:
-    /// a destination that was waiting for COMMIT has given up either way, and one that has `Committed` owns the VM.
+    /// Two may be lost to a power cut, because the process dies with it, and the answer is the same without them: a
+    /// destination that was waiting for COMMIT has given up either way, and one that has `Committed` owns the VM. The
+    /// first record of either side is durable so that a journal that cannot be written is noticed before the blackout,
+    /// and to measure what a durable record costs.
     pub fn durability(self) -> Durability {
         match self {
-            Self::Decided | Self::Kept | Self::Released | Self::Receiving | Self::Committed | Self::GaveUp => {
-                Durability::Durable
-            }
-            Self::Sending | Self::Prepared | Self::Running => Durability::Lazy,
+            Self::Prepared | Self::Running => Durability::Lazy,
+            _ => Durability::Durable,
         }
     }
 }
@@ -163,7 +163,7 @@ impl SourceHandoff {
             // COMMIT was not sent, so the VM may run at once. A record that says `Decided` only makes a restarted source ask.
             (Self::Open | Self::Deciding, SourceEvent::Abort)
             | (Self::Deciding, SourceEvent::Journaled(Step::Decided, false)) => {
-                (Self::Kept, vec![Send(HandoffMessage::Abort), Resume, Journal(Step::Kept)])
+                (Self::Kept, vec![Resume, Send(HandoffMessage::Abort), Journal(Step::Kept)])
             }
             // The destination gave up by itself; the same, and nobody to tell.
             (Self::Open | Self::Deciding, SourceEvent::GaveUp) => (Self::Kept, vec![Resume, Journal(Step::Kept)]),

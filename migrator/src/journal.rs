@@ -20,7 +20,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::handoff::{HandoffRecord, Step};
 use crate::id::MigrationId;
 use crate::traits::{Durability, Journal};
-use crate::wire::{Fields, WireError};
+use crate::wire::{Fields, WireError, cut};
 
 /// The version of the records.
 pub const VERSION: u16 = 1;
@@ -155,7 +155,7 @@ pub fn encode(record: &HandoffRecord) -> Vec<u8> {
     bytes.push(*step as u8);
     bytes.extend(unix_ms.to_le_bytes());
     for name in [vm, peer] {
-        let name = &name.as_bytes()[..name.floor_char_boundary(MAX_NAME_BYTES)];
+        let name = cut(name, MAX_NAME_BYTES).as_bytes();
         bytes.extend((name.len() as u16).to_le_bytes());
         bytes.extend(name);
     }

@@ -8,6 +8,7 @@
 
 pub mod announce;
 pub mod bitmap;
+pub mod destination;
 pub mod driver;
 pub mod error;
 #[cfg(test)]
@@ -21,6 +22,7 @@ pub mod options;
 pub mod pages;
 pub mod precopy;
 pub mod report;
+pub mod source;
 pub mod traits;
 pub mod transport;
 pub mod wire;

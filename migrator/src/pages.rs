@@ -48,7 +48,7 @@ pub struct Chunk {
 pub struct Marker {
     /// The round.
     pub round: u32,
-    /// Chunks of the round on this stream.
+    /// Chunk frames of the round on this stream; a chunk may be sent in parts.
     pub chunks: u64,
     /// Pages that came as bytes.
     pub data_pages: u64,
@@ -143,7 +143,7 @@ impl PageFrame {
                 let marker =
                     Marker { round, chunks: fields.u64()?, data_pages: fields.u64()?, zero_pages: fields.u64()? };
                 for (name, value, most) in [
-                    ("chunks", marker.chunks, layout.chunks()),
+                    ("chunks", marker.chunks, layout.pages()),
                     ("data_pages", marker.data_pages, layout.pages()),
                     ("zero_pages", marker.zero_pages, layout.pages()),
                 ] {

@@ -178,7 +178,7 @@ pub trait SourceVm: Send {
     /// clears it. Bits that are set stay set. Once read here they are the migration's to send.
     fn collect_dirty(&mut self, into: &mut Bitmap) -> Result<(), VmError>;
 
-    /// Stops the dirty log. Called after the migration is settled, never in the blackout.
+    /// Stops the dirty log. Called after the migration is settled, never in the blackout; also after a start that failed.
     fn stop_dirty_log(&mut self);
 
     /// Stops all vCPUs and quiesces all devices: from its return on no one writes guest memory.
@@ -224,6 +224,11 @@ pub trait DestinationVm: Send {
 
     /// The memory that `prepare` made, all zeros.
     fn memory(&self) -> Arc<dyn GuestPages>;
+
+    /// A guess at how long `load_state` and `start` will take together. Part of the predicted blackout.
+    fn estimate(&self) -> Duration {
+        Duration::from_millis(2)
+    }
 
     /// Loads the state of everything but memory. Memory is complete when this is called.
     fn load_state(&mut self, sections: Vec<Section>) -> Result<(), VmError>;

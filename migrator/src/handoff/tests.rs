@@ -75,10 +75,10 @@ impl World {
         );
         assert!(!(self.source_released && self.destination_journal.contains(&Step::GaveUp)), "lost: {self:#?}");
         if self.source_runs() {
-            assert!(self.source.may_run())
+            assert!(self.source.may_run());
         }
         if self.destination_runs() {
-            assert!(self.destination.may_run())
+            assert!(self.destination.may_run());
         }
     }
 

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use super::{Fields, WireError};
+use super::{Fields, WireError, cut};
 use crate::handoff::Answer;
 use crate::id::MigrationId;
 use crate::report::AnnounceReport;
-use crate::traits::{Refusal, Section, VmDescription};
+use crate::traits::{Mismatch, Refusal, Section, VmDescription};
 
 /// The most sections of state.
 pub const MAX_SECTIONS: usize = 1024;
@@ -229,12 +229,11 @@ impl Message {
         }
     }
 
-    /// Adds the payload. What is too long for its type is caught by the peer's check of the length, except reasons,
-    /// which are cut.
+    /// Adds the payload. Reasons and refusals are cut to what their types may carry.
     pub(super) fn write(&self, to: &mut Vec<u8>) {
         match self {
             Self::Offer(offer) => json(to, offer),
-            Self::Refused(refusal) => json(to, refusal),
+            Self::Refused(refusal) => json(to, &bounded(refusal)),
             Self::Running(running) => json(to, running),
             Self::Accepted | Self::Commit => {}
             Self::Ask(id) => to.extend(id.0),
@@ -266,7 +265,7 @@ impl Message {
                 }
             }
             Self::GaveUp(reason) | Self::Abort(reason) => {
-                to.extend(&reason.as_bytes()[..reason.floor_char_boundary(MAX_REASON_BYTES)]);
+                to.extend(cut(reason, MAX_REASON_BYTES).as_bytes());
             }
         }
     }
@@ -367,6 +366,26 @@ fn micros(to: &mut Vec<u8>, times: &[Duration]) {
     for time in times {
         to.extend((time.as_micros().min(3_600_000_000) as u64).to_le_bytes());
     }
+}
+
+/// A refusal that fits into its message, whatever was found: what is too much is counted.
+fn bounded(refusal: &Refusal) -> Refusal {
+    let mut bounded = Refusal { reason: cut(&refusal.reason, MAX_REASON_BYTES).into(), mismatches: Vec::new() };
+    let mut room = 128usize << 10;
+    for mismatch in &refusal.mismatches {
+        let Mismatch { what, source, destination, hint } = mismatch;
+        // JSON may write one byte as six.
+        let Some(left) = room.checked_sub(6 * (what.len() + source.len() + destination.len() + hint.len()) + 64) else {
+            break;
+        };
+        room = left;
+        bounded.mismatches.push(mismatch.clone());
+    }
+    let left_out = refusal.mismatches.len() - bounded.mismatches.len();
+    if left_out > 0 {
+        bounded.reason.push_str(&format!(" (and {left_out} more mismatches)"));
+    }
+    bounded
 }
 
 fn json(to: &mut Vec<u8>, value: &impl serde::Serialize) {

@@ -79,6 +79,12 @@ pub enum WireError {
     },
 }
 
+/// The start of a text that has at most so many bytes.
+pub(crate) fn cut(text: &str, most: usize) -> &str {
+    let end = (0..=most.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+    &text[..end.unwrap_or(0)]
+}
+
 /// Reads fields off the front of a message.
 pub(crate) struct Fields<'a> {
     kind: &'static str,

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use super::{Fields, MAX_STREAMS, VERSION, WireError};
+use super::{Fields, MAX_STREAMS, VERSION, WireError, cut};
 use crate::id::MigrationId;
 
 /// What a preamble and its answer begin with.
@@ -129,8 +129,7 @@ impl Welcome {
             Self::Accepted => body.extend(0u16.to_le_bytes()),
             Self::Refused(reason) => {
                 body.extend(1u16.to_le_bytes());
-                let end = reason.floor_char_boundary(MAX_BODY_BYTES - body.len());
-                body.extend(&reason.as_bytes()[..end]);
+                body.extend(cut(reason, MAX_BODY_BYTES - body.len()).as_bytes());
             }
         }
         frame(&body)

@@ -1,0 +1,211 @@
+//! What the source measures, and the report that it makes of it.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::error::MigrateError;
+use crate::handoff::SourceHandoff;
+use crate::options::Options;
+use crate::pages::{FRAME_BYTES, Marker};
+use crate::report::{ErrorReport, Outcome, Owner, Phase, Report, RoundReport, chain, ms};
+use crate::traits::VmDescription;
+use crate::wire::message::{Prepared, Running};
+
+pub(super) struct Account {
+    /// The time of the event in hand.
+    pub now: Duration,
+    pub began: Duration,
+    pub rtt: Duration,
+    /// When the pause was asked for; none if the guest was not running.
+    pub pause_began: Option<Duration>,
+    /// When the part of the blackout in hand began.
+    pub mark: Duration,
+    pub predicted: Option<Duration>,
+    pub in_doubt_since: Option<Duration>,
+    pub last_answer: Option<String>,
+    pub resume_failure: Option<String>,
+    vm: String,
+    from: String,
+    to: String,
+    mode: &'static str,
+    ram_bytes: u64,
+    rounds: Vec<RoundReport>,
+    round_began: Duration,
+    round_took: Duration,
+    blackout: BTreeMap<String, f64>,
+    blackout_time: Option<Duration>,
+    running: Option<Running>,
+}
+
+impl Account {
+    pub fn new(options: &Options, vm: &VmDescription, to: String) -> Self {
+        Self {
+            now: Duration::ZERO,
+            began: Duration::ZERO,
+            rtt: Duration::ZERO,
+            pause_began: None,
+            mark: Duration::ZERO,
+            predicted: None,
+            in_doubt_since: None,
+            last_answer: None,
+            resume_failure: None,
+            vm: vm.name.clone(),
+            from: options.from.clone(),
+            to,
+            mode: options.mode.name(),
+            ram_bytes: vm.ram.bytes(),
+            rounds: Vec::new(),
+            round_began: Duration::ZERO,
+            round_took: Duration::ZERO,
+            blackout: BTreeMap::new(),
+            blackout_time: None,
+            running: None,
+        }
+    }
+
+    /// Number of the round in hand; 0 before the first.
+    pub fn round(&self) -> u32 {
+        self.rounds.len() as u32
+    }
+
+    pub fn begin_round(&mut self) -> u32 {
+        self.round_began = self.now;
+        self.rounds.push(RoundReport { n: self.round() + 1, ..RoundReport::default() });
+        self.round()
+    }
+
+    pub fn round_arrived(&mut self) {
+        self.round_took = self.now.saturating_sub(self.round_began);
+    }
+
+    /// Enters what a round sent, over so many streams; gives how long it took.
+    pub fn close_round(&mut self, sent: Marker, streams: u16) -> Duration {
+        let took = self.round_took;
+        if let Some(round) = self.rounds.last_mut() {
+            round.pages = sent.data_pages;
+            round.zero_pages = sent.zero_pages;
+            // Each stream has a marker of its own.
+            round.bytes_sent = sent.bytes() + u64::from(streams.max(1) - 1) * FRAME_BYTES as u64;
+            round.ms = ms(took);
+        }
+        took
+    }
+
+    pub fn last_bytes(&self) -> u64 {
+        self.rounds.last().map_or(0, |round| round.bytes_sent)
+    }
+
+    pub fn dirty_after(&mut self, pages: u64) {
+        if let Some(round) = self.rounds.last_mut() {
+            round.dirty_pages_after = pages;
+        }
+    }
+
+    /// A part of the blackout ends here, and the next one begins.
+    pub fn phase(&mut self, name: &str) {
+        self.part(name, self.now.saturating_sub(self.mark));
+        self.mark = self.now;
+    }
+
+    fn part(&mut self, name: &str, time: Duration) {
+        self.blackout.insert(name.into(), ms(time));
+    }
+
+    pub fn saved(&mut self, hashing: Duration) {
+        self.part("save", self.now.saturating_sub(self.mark).saturating_sub(hashing));
+        if !hashing.is_zero() {
+            self.part("hash", hashing);
+        }
+        self.mark = self.now;
+    }
+
+    pub fn prepared(&mut self, Prepared { load, verify, journal }: Prepared) {
+        let there = load + verify + journal;
+        self.part("transfer", self.now.saturating_sub(self.mark).saturating_sub(there));
+        self.part("load", load);
+        if !verify.is_zero() {
+            self.part("verify", verify);
+        }
+        self.part("prepare-journal", journal);
+        self.mark = self.now;
+    }
+
+    pub fn running(&mut self, running: Running) {
+        let us = Duration::from_micros;
+        let (journal, start, ran) = (us(running.journal_us), us(running.start_us), running.running_us.map(us));
+        let there = journal.saturating_add(start).saturating_add(ran.unwrap_or_default());
+        let back = self.rtt / 2;
+        self.part("commit", self.now.saturating_sub(self.mark).saturating_sub(there).saturating_sub(back));
+        self.part("commit-journal", journal);
+        self.part("start", start);
+        self.blackout_time = self
+            .pause_began
+            .zip(ran)
+            .map(|(began, ran)| self.now.saturating_sub(began).saturating_sub(ran).saturating_sub(back));
+        self.running = Some(running);
+    }
+
+    pub fn report(&self, handoff: SourceHandoff, failure: Option<&(Phase, MigrateError)>) -> Report {
+        let lost = self.running.as_ref().and_then(|running| running.failure.clone());
+        let cancelled = matches!(failure, Some((_, MigrateError::Cancelled)));
+        let (outcome, owner) = match handoff {
+            SourceHandoff::Released if lost.is_some() => (Outcome::Failed, Owner::Destination),
+            SourceHandoff::Released => (Outcome::Completed, Owner::Destination),
+            SourceHandoff::Committed { .. } => (Outcome::InDoubt, Owner::Unknown),
+            _ if cancelled => (Outcome::Cancelled, Owner::Source),
+            _ => (Outcome::Failed, Owner::Source),
+        };
+        let error = match (outcome, failure) {
+            (Outcome::Failed, _) if owner == Owner::Destination => Some(ErrorReport {
+                phase: Phase::Commit,
+                message: format!(
+                    "the VM failed at the destination after it had taken over: {}",
+                    lost.unwrap_or_default()
+                ),
+                hint: "look at the log of the destination's agent".into(),
+            }),
+            (Outcome::InDoubt, _) => Some(ErrorReport {
+                phase: Phase::InDoubt,
+                message: format!(
+                    "{} was told to run the VM and has not answered since{}{}",
+                    self.to,
+                    failure.map_or(String::new(), |(_, error)| format!(": {}", chain(error))),
+                    self.last_answer.as_ref().map_or(String::new(), |answer| format!("; asked again: {answer}")),
+                ),
+                hint: format!(
+                    "it settles itself when {} can be reached; if that host is gone for good, `microvm resolve {} --keep`",
+                    self.to, self.vm
+                ),
+            }),
+            (Outcome::Completed, Some((phase, error @ MigrateError::Resolved))) | (_, Some((phase, error)))
+                if outcome != Outcome::Completed || matches!(error, MigrateError::Resolved) =>
+            {
+                let mut message = chain(error);
+                let mut hint = error.hint(*phase);
+                if let Some(why) = &self.resume_failure {
+                    message = format!("{message}; and the guest could not be resumed: {why}");
+                    hint = format!("look at the VM's log (microvm logs {})", self.vm);
+                }
+                Some(ErrorReport { phase: *phase, message, hint })
+            }
+            _ => None,
+        };
+        Report {
+            vm: self.vm.clone(),
+            from: self.from.clone(),
+            to: self.to.clone(),
+            mode: self.mode.into(),
+            outcome,
+            owner,
+            error,
+            rounds: self.rounds.clone(),
+            total_ms: ms(self.now.saturating_sub(self.began)),
+            blackout_ms: self.blackout_time.map(ms),
+            blackout: self.blackout.clone(),
+            bytes_sent: self.rounds.iter().map(|round| round.bytes_sent).sum(),
+            ram_bytes: self.ram_bytes,
+            predicted_blackout_ms: self.predicted.map(ms),
+            announce: self.running.as_ref().map(|running| running.announce.clone()),
+        }
+    }
+}
