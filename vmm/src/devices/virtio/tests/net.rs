@@ -175,6 +175,23 @@ fn a_flood_is_served_in_bounded_turns() {
 }
 
 #[test]
+fn long_frames_make_short_turns() {
+    let (mut driver, wire) = net(0);
+    for _ in 0..40 {
+        driver.add(TX, &[(BUFFERS, 0xe000, false)]);
+    }
+    let mut frames = 0;
+    let mut turn = driver.work(Work::Queue(TX));
+    while frames < 40 {
+        let sent = received(&wire).len();
+        assert!(sent <= 10, "{sent} frames of 56 KiB in one turn");
+        frames += sent;
+        turn = if turn == Turn::More { driver.work(Work::Continue) } else { driver.work(SOURCE) };
+    }
+    assert_eq!(driver.used(TX).len(), 40);
+}
+
+#[test]
 fn interrupts_come_when_the_driver_wants_them() {
     let (mut driver, _wire) = net(RING_EVENT_IDX);
     driver.set_used_event(TX, 2);
