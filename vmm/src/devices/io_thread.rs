@@ -94,7 +94,8 @@ struct WatchSlot {
 }
 
 struct Source {
-    handler: Mutex<Box<dyn EventHandler>>,
+    /// None once it is finished or unregistered: whoever has found the source before must not call it any more.
+    handler: Mutex<Option<Box<dyn EventHandler>>>,
     watches: Mutex<Vec<WatchSlot>>,
 }
 
@@ -261,17 +262,18 @@ impl IoHandle {
             }
         }
         let watches = watches.into_iter().map(|watch| WatchSlot { watch, on: true }).collect();
-        sources.by_id.insert(id, Arc::new(Source { handler: Mutex::new(handler), watches: Mutex::new(watches) }));
+        sources.by_id.insert(id, Arc::new(Source { handler: Mutex::new(Some(handler)), watches: Mutex::new(watches) }));
         Ok(id)
     }
 
-    /// Forgets a source and closes its descriptors. A call of its handler that has already begun ends first.
-    /// A handler ends itself with [`Turn::Finished`] instead.
+    /// Forgets a source and closes its descriptors: when this returns, its handler is not running and never will again.
+    /// Not for a handler about itself, which would wait for itself: it ends with [`Turn::Finished`] instead.
     pub fn unregister(&self, id: SourceId) {
         let source = lock(&self.shared.sources).by_id.remove(&id);
         if let Some(source) = source {
-            drop(lock(&source.handler));
+            let handler = lock(&source.handler).take();
             self.shared.remove_watches(&source);
+            drop(handler);
         }
     }
 
@@ -334,7 +336,15 @@ impl Shared {
     fn dispatch(&self, id: SourceId, wake: Wake) -> bool {
         let source = lock(&self.sources).by_id.get(&id).cloned();
         let Some(source) = source else { return false };
-        let turn = lock(&source.handler).handle(wake);
+        let turn = {
+            let mut handler = lock(&source.handler);
+            let Some(running) = handler.as_mut() else { return false };
+            let turn = running.handle(wake);
+            if turn == Turn::Finished {
+                *handler = None;
+            }
+            turn
+        };
         if turn == Turn::Finished {
             lock(&self.sources).by_id.remove(&id);
             self.remove_watches(&source);
