@@ -94,7 +94,8 @@ struct WatchSlot {
 }
 
 struct Source {
-    handler: Mutex<Box<dyn EventHandler>>,
+    /// None once it is finished or unregistered: whoever has found the source before must not call it any more.
+    handler: Mutex<Option<Box<dyn EventHandler>>>,
     watches: Mutex<Vec<WatchSlot>>,
 }
 
@@ -185,7 +186,7 @@ impl IoThread {
     }
 
     /// Returns when no handler is running and none will run until [`resume`](Self::resume): after at most one piece of work
-    /// of one handler. Idempotent. Must not be called from a handler (it would wait for itself; it returns at once instead).
+    /// of one handler. Idempotent, not counted: pausing and resuming belong in one hand. Must not be called from a handler (it would wait for itself; it returns at once instead).
     pub fn pause(&self) {
         let shared = &self.handle.shared;
         let mut gate = lock(&shared.gate);
@@ -197,7 +198,8 @@ impl IoThread {
             error!("the I/O thread was paused from one of its own handlers");
             return;
         }
-        while !gate.parked && !gate.finished {
+        // Whoever resumes meanwhile takes this pause back; waiting for another one would be waiting for ever.
+        while gate.wanted == Wanted::Pause && !gate.parked && !gate.finished {
             gate = shared.gate_moved.wait(gate).unwrap_or_else(std::sync::PoisonError::into_inner);
         }
     }
@@ -250,22 +252,28 @@ impl IoHandle {
         let id = SourceId(sources.next_id);
         sources.next_id =
             sources.next_id.checked_add(1).filter(|next| *next < u32::MAX).ok_or(io::ErrorKind::OutOfMemory)?;
-        // Dropping the descriptors again takes those that were added before an error out of epoll.
-        for watch in &watches {
-            self.shared.add_watch(id, watch)?;
+        for (index, watch) in watches.iter().enumerate() {
+            if let Err(error) = self.shared.add_watch(id, watch) {
+                // Closing is not enough: others may hold duplicates of the descriptors, which would keep them in epoll.
+                for added in &watches[..index] {
+                    let _ = epoll::delete(&self.shared.epoll, &added.fd);
+                }
+                return Err(error);
+            }
         }
         let watches = watches.into_iter().map(|watch| WatchSlot { watch, on: true }).collect();
-        sources.by_id.insert(id, Arc::new(Source { handler: Mutex::new(handler), watches: Mutex::new(watches) }));
+        sources.by_id.insert(id, Arc::new(Source { handler: Mutex::new(Some(handler)), watches: Mutex::new(watches) }));
         Ok(id)
     }
 
-    /// Forgets a source and closes its descriptors. A call of its handler that has already begun ends first.
-    /// A handler ends itself with [`Turn::Finished`] instead.
+    /// Forgets a source and closes its descriptors: when this returns, its handler is not running and never will again.
+    /// Not for a handler about itself, which would wait for itself: it ends with [`Turn::Finished`] instead.
     pub fn unregister(&self, id: SourceId) {
         let source = lock(&self.shared.sources).by_id.remove(&id);
         if let Some(source) = source {
-            drop(lock(&source.handler));
+            let handler = lock(&source.handler).take();
             self.shared.remove_watches(&source);
+            drop(handler);
         }
     }
 
@@ -328,7 +336,15 @@ impl Shared {
     fn dispatch(&self, id: SourceId, wake: Wake) -> bool {
         let source = lock(&self.sources).by_id.get(&id).cloned();
         let Some(source) = source else { return false };
-        let turn = lock(&source.handler).handle(wake);
+        let turn = {
+            let mut handler = lock(&source.handler);
+            let Some(running) = handler.as_mut() else { return false };
+            let turn = running.handle(wake);
+            if turn == Turn::Finished {
+                *handler = None;
+            }
+            turn
+        };
         if turn == Turn::Finished {
             lock(&self.sources).by_id.remove(&id);
             self.remove_watches(&source);
@@ -394,4 +410,274 @@ fn run(shared: &Shared) {
 pub fn duplicate(eventfd: &EventFd) -> io::Result<OwnedFd> {
     // SAFETY: the eventfd is borrowed for longer than the `BorrowedFd` lives, and keeps its descriptor open.
     unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }.try_clone_to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::time::{Duration, Instant};
+
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+
+    /// Long enough for a loaded machine; nothing waits for all of it when things go right.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    fn eventually(what: &str, condition: impl Fn() -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !condition() {
+            assert!(Instant::now() < deadline, "never: {what}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    struct Closure<F>(F);
+    impl<F: FnMut(Wake) -> Turn + Send> EventHandler for Closure<F> {
+        fn handle(&mut self, wake: Wake) -> Turn {
+            (self.0)(wake)
+        }
+    }
+
+    fn eventfd() -> EventFd {
+        EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap()
+    }
+
+    fn edge(fd: &EventFd, token: u32) -> Watch {
+        Watch { fd: duplicate(fd).unwrap(), token, trigger: Trigger::Edge }
+    }
+
+    type Wakes = Arc<Mutex<Vec<Wake>>>;
+
+    /// Records why it is called and answers `turn`.
+    fn recorder(turn: Turn) -> (Wakes, Box<dyn EventHandler>) {
+        let wakes = Wakes::default();
+        let for_handler = wakes.clone();
+        let handler = Closure(move |wake| {
+            lock(&for_handler).push(wake);
+            turn
+        });
+        (wakes, Box::new(handler))
+    }
+
+    fn readies(wakes: &Wakes) -> usize {
+        lock(wakes).iter().filter(|wake| matches!(wake, Wake::Ready { readable: true, .. })).count()
+    }
+
+    #[test]
+    fn every_write_of_an_eventfd_wakes_though_nobody_reads_it() {
+        let io = IoThread::spawn("test-io").unwrap();
+        let fd = eventfd();
+        let (wakes, handler) = recorder(Turn::Idle);
+        io.handle().register(vec![edge(&fd, 7)], handler).unwrap();
+        io.resume();
+        eventually("resumed", || lock(&wakes).contains(&Wake::Resumed));
+        for count in 1..=5 {
+            fd.write(1).unwrap();
+            eventually("woken", || readies(&wakes) == count);
+        }
+        assert!(lock(&wakes).iter().all(|wake| matches!(wake, Wake::Resumed | Wake::Ready { token: 7, .. })));
+    }
+
+    #[test]
+    fn nothing_runs_while_paused_and_nothing_is_missed() {
+        let io = IoThread::spawn("test-io").unwrap();
+        let fd = eventfd();
+        let calls = Arc::new(AtomicUsize::new(0));
+        let for_handler = calls.clone();
+        // Always busy, as under a flood.
+        let handler = Closure(move |_| {
+            for_handler.fetch_add(1, Ordering::SeqCst);
+            Turn::More
+        });
+        io.handle().register(vec![edge(&fd, 0)], Box::new(handler)).unwrap();
+        assert_eq!(calls.load(Ordering::SeqCst), 0, "the thread starts paused");
+        for _ in 0..50 {
+            io.resume();
+            let before = calls.load(Ordering::SeqCst);
+            eventually("running", || calls.load(Ordering::SeqCst) > before);
+            io.pause();
+            let paused = calls.load(Ordering::SeqCst);
+            fd.write(1).unwrap();
+            std::thread::yield_now();
+            io.pause();
+            assert_eq!(calls.load(Ordering::SeqCst), paused);
+        }
+    }
+
+    #[test]
+    fn an_edge_during_a_pause_is_seen_after_it() {
+        let io = IoThread::spawn("test-io").unwrap();
+        let fd = eventfd();
+        let (wakes, handler) = recorder(Turn::Idle);
+        io.handle().register(vec![edge(&fd, 0)], handler).unwrap();
+        for round in 1..=20 {
+            io.resume();
+            eventually("resumed", || lock(&wakes).iter().filter(|wake| **wake == Wake::Resumed).count() == round);
+            io.pause();
+            fd.write(1).unwrap();
+        }
+    }
+
+    #[test]
+    fn pauses_and_resumes_in_any_order_from_several_threads_come_to_an_end() {
+        let io = IoThread::spawn("test-io").unwrap();
+        let calls = Arc::new(AtomicUsize::new(0));
+        let for_handler = calls.clone();
+        let handler = Closure(move |_| {
+            for_handler.fetch_add(1, Ordering::SeqCst);
+            Turn::More
+        });
+        io.handle().register(vec![], Box::new(handler)).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        io.resume();
+                        io.pause();
+                        io.resume();
+                    }
+                });
+            }
+        });
+        // The last to act resumed, or paused while another resumed; whichever, it can be resumed.
+        io.resume();
+        let before = calls.load(Ordering::SeqCst);
+        eventually("still running", || calls.load(Ordering::SeqCst) > before);
+    }
+
+    fn cpu_time_of_thread(io: &IoThread) -> u64 {
+        let name = io.thread_name();
+        let mut ticks = 0;
+        for task in std::fs::read_dir("/proc/self/task").unwrap() {
+            let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default();
+            if let Some((head, tail)) = stat.rsplit_once(')')
+                && head.ends_with(&name)
+            {
+                let fields: Vec<_> = tail.split_whitespace().collect();
+                ticks += fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
+            }
+        }
+        ticks
+    }
+
+    impl IoThread {
+        fn thread_name(&self) -> String {
+            lock(&self.thread).as_ref().and_then(|thread| thread.thread().name().map(Into::into)).unwrap_or_default()
+        }
+    }
+
+    #[test]
+    fn a_paused_thread_and_an_idle_one_do_not_spin() {
+        let io = IoThread::spawn("test-quiet").unwrap();
+        let (theirs, ours) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        let fd = eventfd();
+        let (wakes, handler) = recorder(Turn::Idle);
+        // Readable and hung up for good: an edge each, no more.
+        let hung_up = Watch { fd: ours, token: 1, trigger: Trigger::Edge };
+        io.handle().register(vec![edge(&fd, 0), hung_up], handler).unwrap();
+        fd.write(1).unwrap();
+        drop(theirs);
+        io.resume();
+        eventually("woken", || readies(&wakes) == 2);
+        let busy = cpu_time_of_thread(&io);
+        std::thread::sleep(Duration::from_millis(100));
+        io.pause();
+        fd.write(1).unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        // In hundredths of a second, of which twenty have passed.
+        assert!(cpu_time_of_thread(&io) - busy <= 5);
+        assert_eq!(lock(&wakes).len(), 3);
+    }
+
+    #[test]
+    fn a_busy_handler_starves_nobody() {
+        let io = IoThread::spawn("test-io").unwrap();
+        let (busy, handler) = recorder(Turn::More);
+        io.handle().register(vec![], handler).unwrap();
+        let fd = eventfd();
+        let (wakes, handler) = recorder(Turn::Idle);
+        io.handle().register(vec![edge(&fd, 0)], handler).unwrap();
+        io.resume();
+        eventually("both run", || lock(&busy).len() > 10 && !lock(&wakes).is_empty());
+        for count in 1..=20 {
+            fd.write(1).unwrap();
+            eventually("a turn between those of the busy one", || readies(&wakes) >= count);
+        }
+        assert!(lock(&busy).iter().skip(1).all(|wake| *wake == Wake::Continue));
+    }
+
+    #[test]
+    fn a_level_watch_can_be_switched_off_and_on() {
+        let io = IoThread::spawn("test-io").unwrap();
+        let (theirs, ours) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        let (wakes, handler) = recorder(Turn::Idle);
+        let handle = io.handle();
+        let watch = Watch { fd: ours, token: 3, trigger: Trigger::Readable };
+        let id = handle.register(vec![watch], handler).unwrap();
+        io.resume();
+        rustix::io::write(&theirs, b"x").unwrap();
+        eventually("woken again and again", || readies(&wakes) > 10);
+        handle.set_watch(id, 3, false).unwrap();
+        handle.set_watch(id, 3, false).unwrap();
+        io.pause();
+        io.resume();
+        let before = readies(&wakes);
+        drop(theirs);
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(readies(&wakes) <= before + 1, "not even a hang-up wakes");
+        handle.set_watch(id, 3, true).unwrap();
+        eventually("woken", || readies(&wakes) > before + 1);
+        handle.unregister(id);
+        let after = lock(&wakes).len();
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(lock(&wakes).len(), after);
+    }
+
+    #[test]
+    fn a_finished_source_is_closed() {
+        let io = IoThread::spawn("test-io").unwrap();
+        let (theirs, ours) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        let (wakes, handler) = recorder(Turn::Finished);
+        io.handle().register(vec![Watch { fd: ours, token: 0, trigger: Trigger::Readable }], handler).unwrap();
+        io.resume();
+        let mut byte = [0];
+        eventually("closed", || rustix::io::write(&theirs, b"x").is_err());
+        let _ = rustix::io::read(&theirs, &mut byte);
+        assert_eq!(lock(&wakes).len(), 1);
+    }
+
+    #[test]
+    fn stopping_ends_the_thread_from_any_state_and_drops_the_handlers() {
+        for state in 0..3 {
+            let io = IoThread::spawn("test-io").unwrap();
+            let (wakes, handler) = recorder(Turn::More);
+            io.handle().register(vec![], handler).unwrap();
+            if state > 0 {
+                io.resume();
+            }
+            if state > 1 {
+                io.pause();
+            }
+            io.stop();
+            io.stop();
+            io.pause();
+            io.resume();
+            assert_eq!(Arc::strong_count(&wakes), 1);
+        }
+    }
+
+    #[test]
+    fn a_regular_file_is_refused_and_a_panic_does_not_hang_a_pause() {
+        let io = IoThread::spawn("test-io").unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let (_, handler) = recorder(Turn::Idle);
+        let watch = Watch { fd: file.into(), token: 0, trigger: Trigger::Readable };
+        let error = io.handle().register(vec![watch], handler).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+        io.handle().register(vec![], Box::new(Closure(|_| panic!("a test's panic")))).unwrap();
+        io.resume();
+        io.pause();
+        io.stop();
+    }
 }

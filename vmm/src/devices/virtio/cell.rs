@@ -27,12 +27,14 @@ pub struct DeviceCell<D: ?Sized> {
     active: Option<Active>,
     /// The state came from another machine, whose last interrupt may have been lost on the way.
     restored: bool,
+    /// How often the device has failed since it was made here.
+    failures: u32,
     device: D,
 }
 
 impl<D> DeviceCell<D> {
     pub(super) fn new(memory: SharedMemory, interrupt: Arc<Interrupt>, device: D) -> Self {
-        Self { memory, interrupt, active: None, restored: false, device }
+        Self { memory, interrupt, active: None, restored: false, failures: 0, device }
     }
 }
 
@@ -108,7 +110,7 @@ impl<D: VirtioDevice + ?Sized> DeviceCell<D> {
 
     /// Queues and device. `registers` is what the driver wrote, for queues that are not in operation.
     pub(super) fn save(&self, registers: &[QueueRegisters]) -> (Vec<QueueState>, SavedDevice) {
-        let Self { memory: _, interrupt: _, active, restored: _, device } = self;
+        let Self { memory: _, interrupt: _, active, restored: _, failures: _, device } = self;
         let queues = match active {
             Some(Active { features: _, queues }) => {
                 queues.iter().zip(registers).map(|(queue, registers)| queue.save(registers)).collect()
@@ -177,8 +179,18 @@ impl<D: VirtioDevice + ?Sized> DeviceCell<D> {
     }
 
     fn fail(&mut self, error: &DeviceError) {
-        let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
-        error!("{}: {error}: {cause}; the device waits for a reset by the guest", self.device.name());
+        // A guest can reset and break a device as often as it likes, and must not fill the host's log with it.
+        self.failures = self.failures.saturating_add(1);
+        if self.failures.is_power_of_two() {
+            let mut chain = error.to_string();
+            let mut cause = std::error::Error::source(error);
+            while let Some(error) = cause {
+                chain += &format!(": {error}");
+                cause = error.source();
+            }
+            let (name, times) = (self.device.name(), self.failures);
+            error!(times, "{name}: {chain}; the device waits for a reset by the guest");
+        }
         self.active = None;
         self.interrupt.fail();
     }

@@ -109,7 +109,7 @@ impl MmioTransport {
         })
     }
 
-    /// Has the device's queues and descriptors served by the I/O thread.
+    /// Has the device's queues and descriptors served by the I/O thread. To be called while that is paused.
     pub fn attach(&self, io: &IoHandle) -> io::Result<SourceId> {
         let queues = self.notifiers.iter().map(duplicate).collect::<io::Result<Vec<_>>>()?;
         let own = lock(&self.device).event_fds()?;

@@ -26,3 +26,6 @@ pub use mmio::{MMIO_RANGE_BYTES, MmioTransport, Notification};
 pub use net::{MacAddress, Net, NetAddresses, NetConfig, NetStatistics, Tap, TapError};
 pub use rng::Rng;
 pub use state::{MmioTransportState, RestoreError};
+
+#[cfg(test)]
+mod tests;

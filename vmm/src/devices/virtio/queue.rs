@@ -148,9 +148,9 @@ impl VirtQueue {
         self.queue.ready()
     }
 
-    /// The driver takes the queue back (`QueueReady` = 0).
+    /// The driver takes the queue back (`QueueReady` = 0): nothing of it is left.
     pub fn disable(&mut self) {
-        self.queue.set_ready(false);
+        self.queue.reset();
     }
 
     /// Whether there are no more buffers available than the queue can hold.

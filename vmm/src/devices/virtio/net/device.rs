@@ -24,6 +24,9 @@ const QUEUE_SIZES: &[u16] = &[256, 256, 16];
 /// Frames moved in one direction in one turn.
 pub(super) const FRAMES_PER_TURN: usize = 64;
 
+/// Bytes moved in one direction in one turn, and a frame more: what a pause may have to wait for.
+pub(super) const BYTES_PER_TURN: u64 = 512 << 10;
+
 /// More than a TAP holds.
 const MAX_STALE_FRAMES: usize = 2048;
 

@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use tracing::debug;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
-use super::device::{FRAMES_PER_TURN, Net, RX};
+use super::device::{BYTES_PER_TURN, FRAMES_PER_TURN, Net, RX};
 use super::offload::has;
 use super::{HEADER_BYTES, MAX_FRAME_BYTES};
 use crate::devices::io_thread::Turn;
@@ -136,9 +136,10 @@ impl Net {
         queue.disable_notification(memory).map_err(failed)?;
         let mut buffers = Buffers::new(memory, has(context.features, VIRTIO_NET_F_MRG_RXBUF));
         let mut result = Ok(Turn::More);
+        let enough = self.statistics.rx_bytes.saturating_add(BYTES_PER_TURN);
         for _ in 0..FRAMES_PER_TURN {
             match self.receive_one(queue, &mut buffers) {
-                Ok(Turn::More) => {}
+                Ok(Turn::More) if self.statistics.rx_bytes < enough => {}
                 end => {
                     result = end;
                     break;

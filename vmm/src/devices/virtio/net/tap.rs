@@ -165,21 +165,22 @@ impl Tap {
         }
         let mut request = request(bridge);
         request.ifr_ifru.ifru_ifindex = index;
-        match interface_ioctl(control, SIOCBRADDIF, &mut request) {
-            Ok(()) => {
-                if self.is_persistent() {
-                    self.unplug = Some(Unplug { tap: self.name.clone(), bridge: bridge.into(), ipv6_was_on });
-                }
-                Ok(())
+        let Err(error) = interface_ioctl(control, SIOCBRADDIF, &mut request) else {
+            if self.is_persistent() {
+                self.unplug = Some(Unplug { tap: self.name.clone(), bridge: bridge.into(), ipv6_was_on });
             }
-            Err(error) => match error.raw_os_error() {
-                Some(libc::ENODEV) => Err(TapError::NoBridge(bridge.into())),
-                Some(libc::EOPNOTSUPP | libc::EINVAL) => Err(TapError::NotABridge(bridge.into())),
-                Some(libc::EBUSY) if is_port_of(&self.name, bridge) => Ok(()),
-                Some(libc::EBUSY) => Err(TapError::PluggedInElsewhere { tap: self.name.clone() }),
-                _ => Err(self.error("plugging in", error)),
-            },
+            return Ok(());
+        };
+        if error.raw_os_error() == Some(libc::EBUSY) && is_port_of(&self.name, bridge) {
+            return Ok(());
         }
+        restore_ipv6(&self.name, ipv6_was_on);
+        Err(match error.raw_os_error() {
+            Some(libc::ENODEV) => TapError::NoBridge(bridge.into()),
+            Some(libc::EOPNOTSUPP | libc::EINVAL) => TapError::NotABridge(bridge.into()),
+            Some(libc::EBUSY) => TapError::PluggedInElsewhere { tap: self.name.clone() },
+            _ => self.error("plugging in", error),
+        })
     }
 
     /// A TAP that root has prepared and brought up for a user needs no privilege here.
@@ -226,9 +227,7 @@ impl Drop for Unplug {
         if let Err(error) = unplugged {
             warn!(%error, "TAP {tap} could not be taken out of bridge {bridge}");
         }
-        if *ipv6_was_on && let Err(error) = fs::write(ipv6_switch(tap), "0") {
-            debug!(%error, tap, "IPv6 cannot be switched on again");
-        }
+        restore_ipv6(tap, *ipv6_was_on);
     }
 }
 
@@ -242,6 +241,12 @@ fn check_name(name: &str) -> Result<(), TapError> {
 
 fn ipv6_switch(interface: &str) -> String {
     format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6")
+}
+
+fn restore_ipv6(interface: &str, was_on: bool) {
+    if was_on && let Err(error) = fs::write(ipv6_switch(interface), "0") {
+        debug!(%error, interface, "IPv6 cannot be switched on again");
+    }
 }
 
 fn is_port_of(tap: &str, bridge: &str) -> bool {

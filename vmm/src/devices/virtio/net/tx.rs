@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use tracing::debug;
 
 use super::addresses::LOOK_BYTES;
-use super::device::{FRAMES_PER_TURN, Net, TX};
+use super::device::{BYTES_PER_TURN, FRAMES_PER_TURN, Net, TX};
 use super::{HEADER_BYTES, MAX_FRAME_BYTES};
 use crate::devices::io_thread::Turn;
 use crate::devices::virtio::device::{Context, DeviceError};
@@ -34,6 +34,7 @@ impl Net {
         context.queues[TX].disable_notification(memory).map_err(failed)?;
         let mut turn = Turn::More;
         let mut slices = Vec::with_capacity(32);
+        let enough = self.statistics.tx_bytes.saturating_add(BYTES_PER_TURN);
         for _ in 0..FRAMES_PER_TURN {
             let Some(chain) = context.queues[TX].pop(memory).map_err(failed)? else {
                 if context.queues[TX].enable_notification(memory).map_err(failed)? {
@@ -66,6 +67,9 @@ impl Net {
                 }
             }
             context.queues[TX].publish(memory, &[Used { head, len: 0 }]).map_err(failed)?;
+            if self.statistics.tx_bytes >= enough {
+                break;
+            }
         }
         context.queues[TX].signal(memory, context.interrupt).map_err(failed)?;
         Ok(turn)

@@ -1,0 +1,10 @@
+//! Tests of the devices through their registers and rings, with a driver of our own on the other side. No KVM, no TAP, no root.
+
+mod dirty;
+mod driver;
+mod hostile;
+mod net;
+mod rng;
+mod state;
+mod threads;
+mod transport;
