@@ -446,7 +446,12 @@ def main():
     verb.set_defaults(run=clock)
 
     args = parser.parse_args()
-    sys.exit(args.run(args))
+    try:
+        sys.exit(args.run(args))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except ConnectionError as error:
+        sys.exit(lost(error.strerror or error))
 
 
 if __name__ == "__main__":
