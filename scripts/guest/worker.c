@@ -220,6 +220,7 @@ int worker_main(void)
 	uint64_t ticks = 0, done = 0;
 	pthread_t thread;
 
+	write_status(&busy, &still, rate, 0); /* filling takes a while */
 	fill(&busy, cmdline_bytes("microvm.ws", 32 << 20));
 	fill(&still, cmdline_bytes("microvm.still", 8 << 20));
 	for (long cpu = 0; cpu < sysconf(_SC_NPROCESSORS_ONLN); cpu++)
