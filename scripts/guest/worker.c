@@ -10,7 +10,6 @@
  * Status: /run/worker.json, five times a second; the first errors also go to the console.
  */
 #define _GNU_SOURCE
-#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
@@ -27,6 +26,7 @@
 #define PAGE 4096
 #define WORDS (PAGE / sizeof(uint64_t))
 #define SLICE_NS 5000000
+#define STILL_PER_SLICE 4
 #define STATUS_NS 200000000
 #define REPORTED_ERRORS 10
 
@@ -52,9 +52,8 @@ __attribute__((format(printf, 1, 2))) static void report(const char *format, ...
 	pthread_mutex_lock(&error_lock);
 	if (!*first_error)
 		strcpy(first_error, text);
-	if (nth < REPORTED_ERRORS) {
+	if (nth < REPORTED_ERRORS)
 		dprintf(STDERR_FILENO, "GUEST-ERROR %s\n", text);
-	}
 	pthread_mutex_unlock(&error_lock);
 }
 
@@ -101,6 +100,14 @@ static void check_page(struct region *region, const char *name, uint64_t number)
 		       name, (unsigned long long)number, (unsigned long long)generation,
 		       (unsigned long long)page[0], (unsigned long long)page[1], wrong,
 		       page[WORDS - 1] == sum ? "right" : "wrong");
+}
+
+static void check_next(struct region *region, const char *name)
+{
+	for (int i = 0; i < STILL_PER_SLICE && region->count; i++) {
+		check_page(region, name, region->next);
+		region->next = (region->next + 1) % region->count;
+	}
 }
 
 static void *map(size_t bytes)
@@ -213,6 +220,7 @@ int worker_main(void)
 	uint64_t ticks = 0, done = 0;
 	pthread_t thread;
 
+	write_status(&busy, &still, rate, 0); /* filling takes a while */
 	fill(&busy, cmdline_bytes("microvm.ws", 32 << 20));
 	fill(&still, cmdline_bytes("microvm.still", 8 << 20));
 	for (long cpu = 0; cpu < sysconf(_SC_NPROCESSORS_ONLN); cpu++)
@@ -232,10 +240,9 @@ int worker_main(void)
 			write_page(&busy, busy.next);
 			busy.next = (busy.next + 1) % busy.count;
 		}
-		if (still.count) {
-			check_page(&still, "still", still.next);
-			still.next = (still.next + 1) % still.count;
-		}
+		check_next(&still, "still");
+		if (!rate)
+			check_next(&busy, "busy");
 		if (now - reported >= STATUS_NS) {
 			write_status(&busy, &still, rate, ticks);
 			reported = now;
