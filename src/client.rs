@@ -15,6 +15,7 @@ const PROMPT: Duration = Duration::from_secs(30);
 /// An open conversation.
 pub struct Conversation {
     name: String,
+    socket: UnixStream,
     lines: io::Lines<BufReader<UnixStream>>,
 }
 
@@ -46,7 +47,13 @@ impl Conversation {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
         socket.write_all(&line).with_context(|| format!("the process of {name} does not listen"))?;
-        Ok(Conversation { name: name.into(), lines: BufReader::new(socket).lines() })
+        let lines = BufReader::new(socket.try_clone()?).lines();
+        Ok(Conversation { name: name.into(), socket, lines })
+    }
+
+    /// Lets the next line take longer.
+    pub fn be_patient(&mut self, patience: Duration) -> Result<()> {
+        Ok(self.socket.set_read_timeout(Some(patience))?)
     }
 
     /// The next line. An error that the process answers is an error here.

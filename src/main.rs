@@ -1,3 +1,39 @@
-//! The `microvm` program.
+//! The `microvm` program: parses the command line, carries out one command, and turns its end into an exit code.
 
-fn main() {}
+mod agent;
+mod cli;
+mod client;
+mod cmd;
+mod machine;
+mod runtime;
+mod units;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    // Messages of daemons and of VM processes; commands speak for themselves.
+    let default = if matches!(cli.command, Command::VmProcess | Command::Agent(_) | Command::Receive(_)) {
+        "info"
+    } else {
+        "warn"
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("MICROVM_LOG").unwrap_or_else(|_| default.into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+
+    match cmd::run(cli.command) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("microvm: {}", chain(&error));
+            ExitCode::from(1)
+        }
+    }
+}
+
+/// An error and its causes on one line. A cause that the text before it already tells is left out.
+fn chain(error: &anyhow::Error) -> String {
+    migrator::report::chain(error.as_ref())
+}

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use migrator::MigrationId;
+use migrator::journal::FileJournal;
 
 /// The longest name: socket paths have 108 bytes.
 pub const MAX_NAME_BYTES: usize = 40;
@@ -36,7 +37,9 @@ pub struct VmLock(#[allow(dead_code)] File);
 pub fn check_name(name: &str) -> Result<()> {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if name.is_empty() || name.len() > MAX_NAME_BYTES || name.starts_with(['.', '-']) || !name.chars().all(good) {
-        bail!("{name:?} is not a VM name: use 1 to {MAX_NAME_BYTES} letters, digits, '-', '_' or '.', beginning with a letter or digit");
+        bail!(
+            "{name:?} is not a VM name: use 1 to {MAX_NAME_BYTES} letters, digits, '-', '_' or '.', beginning with a letter or digit"
+        );
     }
     Ok(())
 }
@@ -48,14 +51,18 @@ impl Runtime {
             Some(dir) => PathBuf::from(dir),
             None if rustix::process::geteuid().is_root() => "/run/microvm".into(),
             None => PathBuf::from(
-                std::env::var_os("XDG_RUNTIME_DIR").context("neither MICROVM_RUNTIME_DIR nor XDG_RUNTIME_DIR is set: set one of them")?,
+                std::env::var_os("XDG_RUNTIME_DIR")
+                    .context("neither MICROVM_RUNTIME_DIR nor XDG_RUNTIME_DIR is set: set one of them")?,
             )
             .join("microvm"),
         };
         let root = std::path::absolute(root)?;
         let longest = root.join("vms").join("x".repeat(MAX_NAME_BYTES)).join("control.sock").as_os_str().len();
         if longest >= 108 {
-            bail!("the runtime folder {} has too long a path for sockets in it: set MICROVM_RUNTIME_DIR to a shorter one", root.display());
+            bail!(
+                "the runtime folder {} has too long a path for sockets in it: set MICROVM_RUNTIME_DIR to a shorter one",
+                root.display()
+            );
         }
         Ok(Runtime { root })
     }
@@ -90,12 +97,21 @@ impl Runtime {
     }
 }
 
+/// Opens a handoff journal for writing.
+pub fn create_journal(path: &Path) -> Result<FileJournal> {
+    FileJournal::open(path).context("the migration's journal cannot be kept")
+}
+
+/// The migration that a journal leaves in doubt: COMMIT was decided, and its end is not known.
+pub fn unsettled(journal: &Path) -> Result<Option<MigrationId>> {
+    let records = FileJournal::read(journal).context("the migration's journal cannot be read")?;
+    Ok(migrator::handoff::unsettled(&records).map(|record| record.id))
+}
+
 fn make_dir(path: &Path) -> Result<()> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .with_context(|| format!("cannot make the folder {}: set MICROVM_RUNTIME_DIR to one that you can write to", path.display()))
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).with_context(|| {
+        format!("cannot make the folder {}: set MICROVM_RUNTIME_DIR to one that you can write to", path.display())
+    })
 }
 
 impl VmDir {
@@ -159,9 +175,13 @@ impl VmDir {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
                 let name = &self.name;
                 if self.is_held()? {
-                    bail!("the name {name} is taken by a running VM: choose another with --name, or: microvm stop {name}");
+                    bail!(
+                        "the name {name} is taken by a running VM: choose another with --name, or: microvm stop {name}"
+                    );
                 }
-                bail!("the name {name} is taken by a VM that has ended: microvm logs {name} shows its output, microvm rm {name} frees the name");
+                bail!(
+                    "the name {name} is taken by a VM that has ended: microvm logs {name} shows its output, microvm rm {name} frees the name"
+                );
             }
             Err(e) => return Err(e).with_context(|| format!("cannot make the folder {}", self.path.display())),
         }

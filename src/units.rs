@@ -75,7 +75,11 @@ pub fn format_bytes(bytes: u64) -> String {
     let mut value = bytes as f64;
     for unit in ["B", "KiB", "MiB", "GiB"] {
         if value < 1024.0 {
-            return if value.fract() == 0.0 || value >= 100.0 { format!("{value:.0} {unit}") } else { format!("{value:.1} {unit}") };
+            return if value.fract() == 0.0 || value >= 100.0 {
+                format!("{value:.0} {unit}")
+            } else {
+                format!("{value:.1} {unit}")
+            };
         }
         value /= 1024.0;
     }
@@ -88,7 +92,9 @@ mod tests {
 
     #[test]
     fn sizes() {
-        for (word, bytes) in [("0", 0), ("4096", 4096), ("256M", 256 << 20), ("1.5G", 3 << 29), ("64 MiB", 64 << 20), ("1kb", 1024)] {
+        for (word, bytes) in
+            [("0", 0), ("4096", 4096), ("256M", 256 << 20), ("1.5G", 3 << 29), ("64 MiB", 64 << 20), ("1kb", 1024)]
+        {
             assert_eq!(parse_size(word), Ok(bytes), "{word}");
         }
         for word in ["", "M", "-1", "1X", "abc", "1.5", "1e99", "999999999T", "1 2"] {

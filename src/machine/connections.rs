@@ -1,32 +1,27 @@
 //! How the agent hands a migration's connections to the process that receives the VM: the sockets themselves, over a Unix socket
-//! (SCM_RIGHTS), each with a line that says what it is.
+//! (SCM_RIGHTS), each with three bytes that say what it is: its role, and the number of its page stream, little-endian.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
 use std::thread;
 
-use migrator::transport;
-use migrator::wire::preamble::Role;
 use migrator::Arrived;
+use migrator::options::Timeouts;
+use migrator::transport::TcpConnection;
+use migrator::wire::preamble::Role;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
-    sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
 };
-use serde::{Deserialize, Serialize};
-
-#[derive(Serialize, Deserialize)]
-struct Label {
-    pages: bool,
-    stream: u16,
-}
 
 /// Hands over `connection`, its preamble read and answered.
-pub fn hand_over(to: &UnixDatagram, connection: &TcpStream, role: Role, stream: u16) -> io::Result<()> {
-    let label = serde_json::to_vec(&Label { pages: role == Role::Pages, stream })?;
+pub fn hand_over(to: &UnixStream, connection: &TcpStream, role: Role, stream: u16) -> io::Result<()> {
+    let [low, high] = stream.to_le_bytes();
+    let label = [role as u8, low, high];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let fds = [connection.as_fd()];
@@ -36,7 +31,7 @@ pub fn hand_over(to: &UnixDatagram, connection: &TcpStream, role: Role, stream: 
 }
 
 /// Takes connections from `from` until the agent closes it.
-pub fn take_over(from: UnixDatagram) -> io::Result<mpsc::Receiver<Arrived>> {
+pub fn take_over(from: UnixStream) -> io::Result<mpsc::Receiver<Arrived>> {
     let (sender, receiver) = mpsc::channel();
     thread::Builder::new().name("connections".into()).spawn(move || {
         loop {
@@ -54,20 +49,20 @@ pub fn take_over(from: UnixDatagram) -> io::Result<mpsc::Receiver<Arrived>> {
     Ok(receiver)
 }
 
-fn take_one(from: &UnixDatagram) -> io::Result<Option<Arrived>> {
-    let mut bytes = [0; 256];
+fn take_one(from: &UnixStream) -> io::Result<Option<Arrived>> {
+    let mut label = [0; 3];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received = recvmsg(from, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let received = recvmsg(from, &mut [IoSliceMut::new(&mut label)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
     let fd: Option<OwnedFd> = control.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
         _ => None,
     });
     let Some(fd) = fd else { return Ok(None) };
-    let label: Label = serde_json::from_slice(&bytes[..received.bytes])?;
-    let role = if label.pages { Role::Pages } else { Role::Control };
-    let connection = transport::connection(TcpStream::from(fd))?;
-    Ok(Some(Arrived { role, stream: label.stream, connection }))
+    let role = [Role::Control, Role::Pages].into_iter().find(|role| *role as u8 == label[0]);
+    let role = role.filter(|_| received.bytes == label.len()).ok_or(io::ErrorKind::InvalidData)?;
+    let connection = Box::new(TcpConnection::new(TcpStream::from(fd), Timeouts::default())?);
+    Ok(Some(Arrived { role, stream: u16::from_le_bytes([label[1], label[2]]), connection }))
 }
 
 #[cfg(test)]
@@ -81,7 +76,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let dialled = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (accepted, _) = listener.accept().unwrap();
-        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
         let arrivals = take_over(theirs).unwrap();
         hand_over(&ours, &accepted, Role::Pages, 3).unwrap();
         drop(accepted);

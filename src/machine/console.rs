@@ -256,7 +256,10 @@ mod tests {
         writer.write_all(b"end").unwrap();
         console.close();
         let log = std::fs::read_to_string(dir.path().join("console.log")).unwrap();
-        assert!(log.starts_with("end") && log.contains(&format!("{} bytes of output dropped", MAX_WAITING_BYTES + 1)), "{log}");
+        assert!(
+            log.starts_with("end") && log.contains(&format!("{} bytes of output dropped", MAX_WAITING_BYTES + 1)),
+            "{log}"
+        );
     }
 
     #[test]

@@ -9,12 +9,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use migrator::handle::Resolution;
 use migrator::transport::TcpDialer;
-use migrator::{MigrationHandle, MigrationId, Report};
+use migrator::{MigrationHandle, MigrationId};
 use vmm::host::Host;
 
 use super::endpoint::Source;
 use super::view::{Answer, MigrateRequest, ProgressView, Request};
 use super::{Event, Machine};
+use crate::agent::with_port;
 
 /// The longest request.
 const MAX_REQUEST_BYTES: u64 = 64 << 10;
@@ -75,11 +76,13 @@ fn answer(machine: &Arc<Machine>, host: &Arc<Host>, request: Request, send: Send
             watch(&handle, &peer, send)
         }
         Request::Watch => {
-            let migration = machine.migration().with_context(|| format!("{} is not being migrated", machine.spec.name))?;
+            let migration =
+                machine.migration().with_context(|| format!("{} is not being migrated", machine.spec.name))?;
             watch(&migration.handle, &migration.peer, send)
         }
         Request::Cancel => {
-            let migration = machine.migration().with_context(|| format!("{} is not being migrated", machine.spec.name))?;
+            let migration =
+                machine.migration().with_context(|| format!("{} is not being migrated", machine.spec.name))?;
             migration.handle.cancel()?;
             Ok(Answer::Ok)
         }
@@ -96,33 +99,27 @@ fn answer(machine: &Arc<Machine>, host: &Arc<Host>, request: Request, send: Send
 /// Starts moving the VM, in a thread of its own: whoever asked may go away.
 fn migrate(machine: &Arc<Machine>, host: &Arc<Host>, request: &MigrateRequest) -> Result<MigrationHandle> {
     let options = request.options();
-    let dialer = TcpDialer::new(&request.to, &options.timeouts)?;
+    let dialer = Arc::new(TcpDialer::new(with_port(&request.to), options.timeouts));
     let handle = MigrationHandle::new();
     machine.begin_migration(handle.clone(), request.to.clone(), false)?;
-    let (machine, host, mover) = (machine.clone(), host.clone(), handle.clone());
-    let spawned = thread::Builder::new().name("migration".into()).spawn({
-        let machine = machine.clone();
-        move || {
-            let result = (|| -> Result<Report> {
-                let mut source = Source::new(machine.clone(), &host)?;
-                let mut journal = crate::runtime::create_journal(&machine.dir.journal())?;
-                let id = MigrationId::random().context("the kernel gives no random numbers")?;
-                Ok(migrator::migrate(&mut source, id, Arc::new(dialer), &mut journal, &options, &mover))
-            })();
-            match result {
-                Ok(report) => machine.send(Event::MigrationOver(Box::new(report))),
-                Err(error) => {
-                    mover.fail(&format!("{error:#}"));
-                    machine.end_migration(None);
-                }
-            }
-        }
-    });
-    if let Err(error) = spawned {
+    let started = (|| {
+        let mut source = Source::new(machine.clone(), host)?;
+        let mut journal = crate::runtime::create_journal(&machine.dir.journal())?;
+        let id = MigrationId::random().context("the kernel gives no random numbers")?;
+        let (machine, handle) = (machine.clone(), handle.clone());
+        let migration = move || {
+            let report = migrator::migrate(&mut source, id, dialer, &mut journal, &options, &handle);
+            machine.send(Event::MigrationOver(Box::new(report)));
+        };
+        thread::Builder::new()
+            .name("migration".into())
+            .spawn(migration)
+            .context("the migration's thread cannot be started")
+    })();
+    if started.is_err() {
         machine.end_migration(None);
-        return Err(error).context("the migration's thread cannot be started");
     }
-    Ok(handle)
+    started.map(|_| handle)
 }
 
 /// Sends progress until the migration is over, then its report.

@@ -11,8 +11,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use migrator::bitmap::{Bitmap, ChunkBits};
 use migrator::layout::{CHUNK_PAGES, PageRun, RamLayout, RamRegion};
 use migrator::traits::{
-    Announcer, DestinationVm, GuestPages, Mismatch, NicAddresses, Part, Refusal, Section, SourceVm, StartError, Started,
-    VmDescription, VmError,
+    Announcer, DestinationVm, GuestPages, Mismatch, NicAddresses, Part, Refusal, Section, SourceVm, StartError,
+    Started, VmDescription, VmError,
 };
 use serde::{Deserialize, Serialize};
 use vmm::host::{Host, KvmKind};
@@ -20,8 +20,8 @@ use vmm::memory::dirty::Rearmer;
 use vmm::memory::pages::{self, Pages};
 use vmm::vm::{RunState, Vm};
 
-use super::spec::MachineSpec;
 use super::Machine;
+use super::spec::MachineSpec;
 
 /// What the source tells of itself for the destination's preflight.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -145,7 +145,7 @@ impl Source {
         let (description, memory) = machine.with_vm(|vm| {
             let facts = SourceFacts {
                 spec: machine.spec.clone(),
-                cpuid: vm.cpu().cpuid.iter().map(|e| [e.function, e.index, e.eax, e.ebx, e.ecx, e.edx]).collect(),
+                cpuid: vm.cpu().cpuid[0].iter().map(|e| [e.function, e.index, e.eax, e.ebx, e.ecx, e.edx]).collect(),
                 tsc_khz: vm.cpu().tsc_khz,
                 kvm: vmm::host::kvm_kind(),
                 cpu_model: host.facts().cpu_model,
@@ -205,7 +205,7 @@ impl SourceVm for Source {
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
-        self.vm(Vm::resume)
+        Ok(self.machine.with_vm(Vm::resume)?)
     }
 
     fn save_state(&mut self) -> Result<Vec<Section>, VmError> {
@@ -215,7 +215,12 @@ impl SourceVm for Source {
             .into_iter()
             .map(|s| Section { kind: s.kind, instance: s.instance, version: s.version, bytes: s.bytes })
             .collect();
-        all.push(Section { kind: SECTION_SAVED_AT, instance: 0, version: VERSION, bytes: saved_at.to_le_bytes().into() });
+        all.push(Section {
+            kind: SECTION_SAVED_AT,
+            instance: 0,
+            version: VERSION,
+            bytes: saved_at.to_le_bytes().into(),
+        });
         Ok(all)
     }
 
@@ -242,7 +247,9 @@ impl DestinationVm for Destination {
     fn prepare(&mut self, description: &VmDescription) -> Result<(), Refusal> {
         let facts: SourceFacts = serde_json::from_value(description.facts.clone())
             .map_err(|e| refusal(format!("the VM's description cannot be read: {e}")))?;
-        if facts.spec != self.machine.spec {
+        // Where it is plugged in may differ: that is this host's own choice.
+        let (theirs, ours) = (&facts.spec, &self.machine.spec);
+        if theirs.name != ours.name || theirs.boot != ours.boot || theirs.vm_config() != ours.vm_config() {
             return Err(refusal("the VM's description changed after the offer".into()));
         }
         let mismatches = compare(&facts, &self.host);
@@ -278,15 +285,12 @@ impl DestinationVm for Destination {
     fn start(&mut self, paused: bool) -> Result<Started, StartError> {
         let started = self.machine.with_vm(|vm| {
             if paused {
-                return Ok(Started { first_run: None });
+                return Started { first_run: None };
             }
-            vm.resume()?;
-            Ok(Started { first_run: vm.wait_entered() })
+            vm.resume();
+            Started { first_run: vm.wait_entered() }
         });
-        let failed = |may_have_run: bool, source: VmError| StartError { may_have_run, source };
-        started
-            .map_err(|e| failed(false, e.into()))?
-            .map_err(|e: vmm::vm::VmError| failed(true, e.into()))
+        started.map_err(|e| StartError { may_have_run: false, source: e.into() })
     }
 
     fn announcer(&self) -> Arc<dyn Announcer> {
@@ -302,7 +306,7 @@ impl DestinationVm for Destination {
 impl Announcer for Machine {
     fn addresses(&self) -> Vec<NicAddresses> {
         let addresses = self.with_vm(|vm| vm.addresses()).unwrap_or_default();
-        addresses.into_iter().map(|a| NicAddresses { mac: a.mac, ipv4: a.ipv4, ipv6: a.ipv6 }).collect()
+        addresses.into_iter().map(|a| NicAddresses { mac: a.mac.0, ipv4: a.ipv4, ipv6: a.ipv6 }).collect()
     }
 
     fn inject_frame(&self, nic: usize, frame: &[u8]) -> io::Result<()> {
@@ -326,13 +330,18 @@ fn take_elapsed(sections: &mut Vec<Section>) -> Result<Duration, VmError> {
         .ok_or("saved state lacks the time at which it was saved")?;
     let section = sections.remove(at);
     if section.version != VERSION {
-        return Err(format!("saved state: the time has version {}, this program reads {VERSION}", section.version).into());
+        return Err(
+            format!("saved state: the time has version {}, this program reads {VERSION}", section.version).into()
+        );
     }
     let bytes: [u8; 8] = section.bytes.as_slice().try_into().map_err(|_| "saved state: the time is damaged")?;
     let saved_at = UNIX_EPOCH + Duration::from_nanos(u64::from_le_bytes(bytes));
     let elapsed = SystemTime::now().duration_since(saved_at).unwrap_or_default();
     if elapsed > MAX_ELAPSED {
-        tracing::warn!(?elapsed, "the clocks of the two hosts disagree: the guest's clock stays as it was at the source");
+        tracing::warn!(
+            ?elapsed,
+            "the clocks of the two hosts disagree: the guest's clock stays as it was at the source"
+        );
         return Ok(Duration::ZERO);
     }
     Ok(elapsed)

@@ -19,6 +19,7 @@ pub mod console;
 pub mod control;
 pub mod endpoint;
 pub mod process;
+pub mod spawn;
 pub mod spec;
 pub mod view;
 
@@ -61,6 +62,17 @@ pub enum Exit {
 }
 
 impl Exit {
+    /// What lies in the VM's folder; `None` while it lives, or if it died.
+    pub fn read(dir: &VmDir) -> Result<Option<Self>> {
+        match std::fs::read(dir.exit()) {
+            Ok(text) => {
+                Ok(Some(serde_json::from_slice(&text).with_context(|| format!("{} is damaged", dir.exit().display()))?))
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e).with_context(|| format!("cannot read {}", dir.exit().display())),
+        }
+    }
+
     /// A sentence about the VM `name`.
     pub fn sentence(&self, name: &str) -> String {
         match self {
@@ -182,7 +194,8 @@ impl Machine {
             let kernel = self.spec.boot.kernel_name();
             vm.load_kernel(&files.kernel, files.initrd.as_deref(), &self.spec.boot_cmdline())
                 .with_context(|| format!("cannot boot {kernel}"))?;
-            vm.resume().context("the VM cannot be started")
+            vm.resume();
+            Ok(())
         })?
     }
 
@@ -223,7 +236,9 @@ impl Machine {
         if let Some(migration) = &status.migration {
             let name = &self.spec.name;
             let peer = &migration.peer;
-            bail!("{name} is being migrated already (with {peer}): microvm inspect {name} shows how far, microvm cancel {name} stops it");
+            bail!(
+                "{name} is being migrated already (with {peer}): microvm inspect {name} shows how far, microvm cancel {name} stops it"
+            );
         }
         if let Some(exit) = &status.exit {
             bail!("{}", exit.sentence(&self.spec.name));
@@ -262,7 +277,7 @@ impl Machine {
     /// Lets it go on.
     pub fn resume(&self) -> Result<()> {
         self.check_at_home("resumed")?;
-        self.with_vm(Vm::resume)?.context("the VM cannot be resumed")
+        Ok(self.with_vm(Vm::resume)?)
     }
 
     /// Presses the power button; waits for the guest to switch itself off until `patience` ends, then ends it.

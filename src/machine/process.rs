@@ -3,12 +3,12 @@
 //! Whoever starts it (`microvm run`, the agent) gives it the spec on standard input and gets one line back on standard output:
 //! `ready`, or why not. From then on the process is on its own; it is reached through its control socket.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::net::{UnixDatagram, UnixListener};
-use std::sync::mpsc::{self, Receiver};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -30,9 +30,18 @@ pub struct Start {
     /// The VM.
     pub spec: MachineSpec,
     /// The migration that brings it; `None`: it boots here.
-    pub offer: Option<Offer>,
+    pub arrival: Option<Arrival>,
+}
+
+/// A migration that brings a VM here.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Arrival {
+    /// As it was offered.
+    pub offer: Offer,
+    /// Who offers it.
+    pub from: String,
     /// The descriptor through which the agent hands over connections.
-    pub connections: Option<i32>,
+    pub connections: i32,
 }
 
 /// What it answers.
@@ -67,16 +76,27 @@ fn answer(started: &Started) {
     let mut out = io::stdout();
     let _ = serde_json::to_writer(&mut out, started).map_err(io::Error::from).and_then(|()| writeln!(out));
     let _ = out.flush();
+    // Whoever waits for the end of our output waits no longer.
+    if let Ok(null) = File::options().write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdout(&null);
+    }
 }
 
 fn live(start: Start) -> Result<Exit> {
     let runtime = Runtime::from_env()?;
     let dir = runtime.vm(&start.spec.name)?;
     let folder = Folder { _lock: dir.claim()?, dir, keep: false };
+    // From here on messages go to the VM's log: the terminal that they would go to is somebody else's soon.
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(folder.dir.process_log())
+        .context("the VM's log cannot be made")?;
+    rustix::stdio::dup2_stderr(&log).context("messages cannot be sent to the VM's log")?;
     let (events, inbox) = mpsc::channel();
     let console = Console::start(folder.dir.console_log()).context("the console's log cannot be written")?;
     let machine = Machine::new(start.spec, folder.dir.clone(), runtime, console, events);
-    let result = run(&machine, start.offer, start.connections, &inbox, folder);
+    let result = run(&machine, start.arrival, &inbox, folder);
     machine.console.close();
     result
 }
@@ -100,13 +120,7 @@ impl Drop for Folder {
     }
 }
 
-fn run(
-    machine: &Arc<Machine>,
-    offer: Option<Offer>,
-    fd: Option<i32>,
-    inbox: &Receiver<Event>,
-    mut folder: Folder,
-) -> Result<Exit> {
+fn run(machine: &Arc<Machine>, arrival: Option<Arrival>, inbox: &Receiver<Event>, mut folder: Folder) -> Result<Exit> {
     let host = Arc::new(Host::open()?);
     let config = serde_json::to_vec_pretty(&machine.spec)?;
     fs::write(machine.dir.config(), config).context("the VM's folder cannot be written")?;
@@ -119,16 +133,13 @@ fn run(
         }
     };
     machine.console.serve(console, Box::new(input))?;
-    match offer {
+    match arrival {
         None => {
             machine.boot(&host)?;
             control::serve(machine.clone(), host.clone(), control)?;
             answer(&Started::Ready);
         }
-        Some(offer) => {
-            let connections = connections::take_over(inherited(fd.context("no descriptor for the connections")?))?;
-            receive(machine, &host, offer, connections, control)?;
-        }
+        Some(arrival) => receive(machine, &host, arrival, control)?,
     }
     folder.keep = true;
     let exit = main_loop(machine, &host, inbox)?;
@@ -143,21 +154,17 @@ fn run(
 }
 
 #[allow(unsafe_code)]
-fn inherited(fd: i32) -> UnixDatagram {
+fn inherited(fd: i32) -> UnixStream {
     // SAFETY: the agent made this descriptor for us, told us its number, and nothing else in this process uses it.
-    UnixDatagram::from(unsafe { OwnedFd::from_raw_fd(fd) })
+    UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Takes the VM in; control answers meanwhile.
-fn receive(
-    machine: &Arc<Machine>,
-    host: &Arc<Host>,
-    offer: Offer,
-    connections: Receiver<migrator::Arrived>,
-    control: UnixListener,
-) -> Result<()> {
+fn receive(machine: &Arc<Machine>, host: &Arc<Host>, arrival: Arrival, control: UnixListener) -> Result<()> {
+    let Arrival { offer, from, connections } = arrival;
+    let connections = connections::take_over(inherited(connections)).context("connections cannot be taken over")?;
     let handle = MigrationHandle::new();
-    machine.begin_migration(handle.clone(), offer.from.clone(), true)?;
+    machine.begin_migration(handle.clone(), from, true)?;
     let mut journal = runtime::create_journal(&machine.runtime.handoff(offer.id)?)?;
     control::serve(machine.clone(), host.clone(), control)?;
     answer(&Started::Ready);
@@ -165,7 +172,7 @@ fn receive(
     let incoming = Incoming { offer, connections };
     let result = migrator::receive(&mut destination, incoming, &mut journal, &ReceiveOptions::default(), &handle);
     machine.end_migration(None);
-    let Received { description, announce } = result.context("the VM was not received")?;
+    let Received { description, announce, announcing: _ } = result.context("the VM was not received")?;
     tracing::info!(name = description.name, ?announce, "received");
     Ok(())
 }

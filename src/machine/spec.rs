@@ -1,12 +1,14 @@
 //! What a user asked for, as the VM process gets it, as it lies in `config.json`, and as it travels to another host.
 
+use std::borrow::Cow;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
-use vmm::config::{MacAddr, NicConfig, VmConfig};
+use vmm::config::VmConfig;
+use vmm::devices::virtio::{MacAddress, NetConfig, Tap};
 
 /// A VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,7 +47,7 @@ pub struct NetSpec {
     /// The bridge that the TAP is put on.
     pub bridge: Option<String>,
     /// The guest's MAC address.
-    pub mac: MacAddr,
+    pub mac: MacAddress,
     /// The guest's addresses, for announcing; with prefix lengths as given.
     pub ips: Vec<Cidr>,
 }
@@ -69,7 +71,12 @@ impl FromStr for Cidr {
             .parse()
             .map_err(|_| anyhow::anyhow!("{word:?} is not an address: write 10.0.0.2/24 or fd00::2/64"))?;
         let bits = if address.is_ipv4() { 32 } else { 128 };
-        let prefix = prefix.map_or(Ok(bits), |p| p.parse().ok().filter(|p| *p <= bits).with_context(|| format!("{word:?} has no prefix length from 0 to {bits}")))?;
+        let prefix = prefix.map_or(Ok(bits), |p| {
+            p.parse()
+                .ok()
+                .filter(|p| *p <= bits)
+                .with_context(|| format!("{word:?} has no prefix length from 0 to {bits}"))
+        })?;
         Ok(Cidr { address, prefix })
     }
 }
@@ -93,23 +100,14 @@ impl From<Cidr> for String {
     }
 }
 
-/// `52:54:00:12:34:56`.
-pub fn parse_mac(word: &str) -> Result<MacAddr> {
-    let bytes: Option<Vec<u8>> =
-        word.split(':').map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2)).collect();
-    bytes
-        .and_then(|bytes| bytes.try_into().ok())
-        .with_context(|| format!("{word:?} is not a MAC address: write six pairs of hexadecimal digits, like 52:54:00:12:34:56"))
-}
-
 /// A MAC address of the locally administered kind that QEMU uses, the same for the same name and interface.
-fn mac_of(name: &str, index: usize) -> MacAddr {
+fn mac_of(name: &str, index: usize) -> MacAddress {
     let mut hash = 0xcbf2_9ce4_8422_2325u64; // FNV-1a: stable, and good enough for 24 bits
     for byte in name.bytes().chain([index as u8]) {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
     }
     let [a, b, c, ..] = hash.to_be_bytes();
-    [0x52, 0x54, 0x00, a, b, c]
+    MacAddress([0x52, 0x54, 0x00, a, b, c])
 }
 
 impl NetSpec {
@@ -118,24 +116,86 @@ impl NetSpec {
         let mut net = NetSpec { tap: None, bridge: None, mac: mac_of(name, index), ips: Vec::new() };
         for part in option.split(',') {
             let (key, value) = part.split_once('=').unwrap_or((part, ""));
-            ensure!(!value.is_empty(), "--net {option}: {part:?} has no value; write tap=NAME or bridge=NAME, then ,mac=… and ,ip=… as needed");
+            ensure!(
+                !value.is_empty(),
+                "--net {option}: {part:?} has no value; write tap=NAME or bridge=NAME, then ,mac=… and ,ip=… as needed"
+            );
             match key {
                 "tap" => net.tap = Some(value.into()),
                 "bridge" => net.bridge = Some(value.into()),
-                "mac" => net.mac = parse_mac(value).with_context(|| format!("--net {option}"))?,
+                "mac" => net.mac = value.parse().map_err(|e| anyhow::anyhow!("--net {option}: {value:?} is {e}"))?,
                 "ip" => net.ips.push(value.parse().with_context(|| format!("--net {option}"))?),
                 _ => bail!("--net {option}: {key:?} is not known; it takes tap=, bridge=, mac= and ip="),
             }
         }
-        ensure!(net.tap.is_some() || net.bridge.is_some(), "--net {option}: say where to plug it in, with bridge=NAME or tap=NAME");
+        ensure!(
+            net.tap.is_some() || net.bridge.is_some(),
+            "--net {option}: say where to plug it in, with bridge=NAME or tap=NAME"
+        );
         Ok(net)
     }
 }
 
+impl NetSpec {
+    /// Opens the TAP, on its bridge.
+    pub fn plug_in(&self) -> Result<Tap> {
+        Tap::open(self.tap.as_deref(), self.bridge.as_deref()).context("the network interface cannot be plugged in")
+    }
+}
+
+/// The files that boot.
+pub struct BootFiles {
+    /// The kernel.
+    pub kernel: Cow<'static, [u8]>,
+    /// The initrd.
+    pub initrd: Option<Vec<u8>>,
+}
+
+impl BootSpec {
+    /// What to call it.
+    pub fn kernel_name(&self) -> String {
+        self.kernel.as_ref().map_or_else(|| "the built-in guest".into(), |path| path.display().to_string())
+    }
+
+    /// Reads the files.
+    pub fn read(&self) -> Result<BootFiles> {
+        let read = |what: &str, path: &PathBuf| {
+            std::fs::read(path).with_context(|| format!("cannot read the {what} {}", path.display()))
+        };
+        let kernel = match &self.kernel {
+            None => Cow::Borrowed(images::pulse_elf()),
+            Some(path) => Cow::Owned(read("kernel", path)?),
+        };
+        let initrd = self.initrd.as_ref().map(|path| read("initrd", path)).transpose()?;
+        Ok(BootFiles { kernel, initrd })
+    }
+}
+
 impl MachineSpec {
+    /// The kernel's command line: the user's; the built-in guest also gets the address of its first interface from `--net`.
+    pub fn boot_cmdline(&self) -> String {
+        let cmdline = &self.boot.cmdline;
+        let given = |word: &str| cmdline.split_whitespace().any(|w| w.starts_with(word));
+        match self.nets.first().filter(|_| self.boot.kernel.is_none()) {
+            None => cmdline.clone(),
+            Some(net) => {
+                let mut line = cmdline.clone();
+                let mut add = |word: &str, ip: Option<&Cidr>| {
+                    if let Some(ip) = ip.filter(|_| !given(word)) {
+                        line = format!("{line} {word}{ip}");
+                    }
+                };
+                add("ip=", net.ips.iter().find(|c| c.address.is_ipv4()));
+                add("ip6=", net.ips.iter().find(|c| c.address.is_ipv6()));
+                line.trim_start().to_string()
+            }
+        }
+    }
+
     /// The machine that the guest sees.
     pub fn vm_config(&self) -> VmConfig {
-        let nics = self.nets.iter().map(|n| NicConfig { mac: n.mac, ips: n.ips.iter().map(|c| c.address).collect() });
+        let addresses = |net: &NetSpec| net.ips.iter().map(|cidr| cidr.address).collect();
+        let nics = self.nets.iter().map(|net| NetConfig { mac: net.mac, addresses: addresses(net) });
         VmConfig { cpus: self.cpus, memory_bytes: self.memory_bytes, nics: nics.collect() }
     }
 }
@@ -148,9 +208,18 @@ mod tests {
     fn net_options() {
         let net = NetSpec::parse("bridge=br0,mac=52:54:00:00:00:07,ip=10.0.0.2/24,ip=fd00::2", "web", 0).unwrap();
         assert_eq!(net.bridge.as_deref(), Some("br0"));
-        assert_eq!(net.mac, [0x52, 0x54, 0, 0, 0, 7]);
+        assert_eq!(net.mac, MacAddress([0x52, 0x54, 0, 0, 0, 7]));
         assert_eq!(net.ips.iter().map(Cidr::to_string).collect::<Vec<_>>(), ["10.0.0.2/24", "fd00::2/128"]);
-        for bad in ["", "br0", "bridge=", "mac=52:54:00:00:00:07", "bridge=b,mac=1", "bridge=b,ip=1", "bridge=b,ip=10.0.0.1/33", "bridge=b,x=y"] {
+        for bad in [
+            "",
+            "br0",
+            "bridge=",
+            "mac=52:54:00:00:00:07",
+            "bridge=b,mac=1",
+            "bridge=b,ip=1",
+            "bridge=b,ip=10.0.0.1/33",
+            "bridge=b,x=y",
+        ] {
             assert!(NetSpec::parse(bad, "web", 0).is_err(), "{bad}");
         }
     }
@@ -160,9 +229,6 @@ mod tests {
         assert_eq!(mac_of("web", 0), mac_of("web", 0));
         assert_ne!(mac_of("web", 0), mac_of("web", 1));
         assert_ne!(mac_of("web", 0), mac_of("db", 0));
-        for bad in ["", "52:54:00:00:00", "52:54:00:00:00:0g", "52:54:00:00:00:007", "5254.0000.0007"] {
-            assert!(parse_mac(bad).is_err(), "{bad}");
-        }
     }
 
     #[test]

@@ -216,7 +216,7 @@ impl Machine {
             rx_bytes: t.rx_bytes,
             tx_packets: t.tx_packets,
             tx_bytes: t.tx_bytes,
-            dropped: t.dropped,
+            dropped: t.rx_dropped + t.tx_dropped,
         });
         VmView {
             name: self.spec.name.clone(),

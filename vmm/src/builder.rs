@@ -173,10 +173,8 @@ impl Vm {
             let cpuid = cpuid::for_vcpu(&host.cpuid, id, config.cpus);
             vcpu.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
             set_up_lapic(&vcpu)?;
-            if id == 0 {
-                cpu.cpuid = cpuid.as_slice().to_vec();
-                cpu.tsc_khz = vcpu.get_tsc_khz().map_err(kvm("KVM_GET_TSC_KHZ"))?;
-            }
+            cpu.cpuid.push(cpuid.as_slice().to_vec());
+            cpu.tsc_khz = vcpu.get_tsc_khz().map_err(kvm("KVM_GET_TSC_KHZ"))?;
             vcpus.push(Vcpu::new(id, vcpu, exits.clone())?);
         }
         Ok(Vm {

@@ -229,8 +229,8 @@ impl Vm {
             clock: self.fd.get_clock().map_err(kvm("KVM_GET_CLOCK"))?,
         };
         let mut sections = vec![section(kind::MACHINE, 0, &machine)];
-        for vcpu in &self.vcpus {
-            let state = vcpu_state::save(vcpu.id(), &vcpu.fd(), &self.msr_indices)?;
+        for (vcpu, cpuid) in self.vcpus.iter().zip(&self.cpu.cpuid) {
+            let state = vcpu_state::save(vcpu.id(), &vcpu.fd(), cpuid, &self.msr_indices)?;
             sections.push(section(kind::VCPU, vcpu.id().into(), &state));
         }
         sections.push(section(kind::SERIAL, 0, &locked(&self.serial).save()));
@@ -268,9 +268,8 @@ impl Vm {
         for (vcpu, state) in self.vcpus.iter().zip(&vcpus) {
             vcpu_state::restore(vcpu.id(), &vcpu.fd(), state, elapsed_ns)?;
         }
-        if let Some(VcpuState { cpuid, tsc_khz, .. }) = vcpus.into_iter().next() {
-            self.cpu = GuestCpu { cpuid, tsc_khz };
-        }
+        let tsc_khz = vcpus.first().map_or(self.cpu.tsc_khz, |first| first.tsc_khz);
+        self.cpu = GuestCpu { cpuid: vcpus.into_iter().map(|vcpu| vcpu.cpuid).collect(), tsc_khz };
         locked(&self.serial).restore(serial)?;
         locked(&self.power).restore(power)?;
         for ((slot, transport), state) in (0u16..).zip(&self.virtio).zip(&virtio) {

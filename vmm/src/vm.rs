@@ -33,8 +33,8 @@ pub enum RunState {
 /// What the guest was told of its CPU, and counts on wherever it runs.
 #[derive(Debug, Clone)]
 pub struct GuestCpu {
-    /// CPUID of the first vCPU.
-    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// CPUID of each vCPU. They differ in APIC ids only.
+    pub cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     /// Frequency of its TSC.
     pub tsc_khz: u32,
 }

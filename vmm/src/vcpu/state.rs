@@ -66,13 +66,14 @@ pub enum VcpuStateError {
 /// The most MSRs that are taken from saved state; hosts list about a hundred.
 const MAX_MSRS: usize = 512;
 
-/// Reads the state of the parked vCPU `id`; `msr_indices` are those that this host saves.
-pub fn save(id: u8, fd: &VcpuFd, msr_indices: &[u32]) -> Result<VcpuState, VcpuStateError> {
+/// Reads the state of the parked vCPU `id`. `cpuid` is what it was told: KVM_GET_CPUID2 is not asked, because a software KVM
+/// answers with what the processor has. `msr_indices` are those that this host saves.
+pub fn save(id: u8, fd: &VcpuFd, cpuid: &[kvm_cpuid_entry2], msr_indices: &[u32]) -> Result<VcpuState, VcpuStateError> {
     let ioctl = |ioctl| move |source| VcpuStateError::Ioctl { id, ioctl, source };
     let mp_state = fd.get_mp_state().map_err(ioctl("KVM_GET_MP_STATE"))?;
     Ok(VcpuState {
         mp_state,
-        cpuid: fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("KVM_GET_CPUID2"))?.as_slice().to_vec(),
+        cpuid: cpuid.to_vec(),
         tsc_khz: fd.get_tsc_khz().map_err(ioctl("KVM_GET_TSC_KHZ"))?,
         regs: fd.get_regs().map_err(ioctl("KVM_GET_REGS"))?,
         sregs: fd.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?,

@@ -295,8 +295,8 @@ mod tests {
         assert_eq!(entry, Entry::Linux64(HIGH_RAM + 0x200));
         let params: Plain<boot_params> = memory.read_obj(GuestAddress(ZERO_PAGE)).unwrap();
         let (start, len) = (params.0.hdr.ramdisk_image, params.0.hdr.ramdisk_size);
-        assert_eq!((start as u64 % 4096, len), (0, 5000));
-        assert_eq!(memory.read_obj::<u8>(GuestAddress(start as u64 + 4999)).unwrap(), 7);
+        assert_eq!((start % 4096, len), (0, 5000));
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(u64::from(start) + 4999)).unwrap(), 7);
         assert_eq!(memory.read_obj::<u64>(GuestAddress(ZERO_PAGE + 0x70)).unwrap(), ACPI_TABLES);
         assert_eq!(params.0.e820_entries, 3);
         let mut line = [0; 14];

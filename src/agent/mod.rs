@@ -1,0 +1,217 @@
+//! The host daemon: takes migrations in.
+//!
+//! It never touches guest memory. An offer that it accepts becomes a process of the VM's own; the connections of that migration are
+//! handed to it as they come. What became of a migration it reads from that migration's journal, so it need not have been there: an
+//! agent that was killed and started again answers like the one before.
+
+use std::collections::HashMap;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use migrator::MigrationId;
+use migrator::driver::request;
+use migrator::options::Timeouts;
+use migrator::transport;
+use migrator::wire::preamble::Role;
+
+mod requests;
+
+use crate::cli::{AgentArgs, DEFAULT_PORT};
+use crate::client;
+use crate::machine::{State, connections};
+use crate::runtime::{Runtime, VmDir};
+
+/// How long it serves.
+pub enum Service {
+    /// Until a signal.
+    UntilStopped,
+    /// Until one VM has come.
+    OneVm {
+        /// How long to wait for it.
+        patience: Option<Duration>,
+    },
+}
+
+/// Connections served at once; more wait in the kernel's queue, and then are refused by it.
+const MAX_CONNECTIONS: usize = 256;
+/// After the one VM of `receive` has come, questions about its migration are answered for so long.
+const LINGER: Duration = Duration::from_secs(10);
+/// Between two looks at the VM that `receive` waits for.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// What its threads share.
+struct Agent {
+    runtime: Runtime,
+    bridge: Option<String>,
+    timeouts: Timeouts,
+    /// Where connections of a migration go: to the process that receives it.
+    arrivals: Mutex<HashMap<MigrationId, UnixStream>>,
+    /// Told of each VM that is on its way.
+    accepted: Sender<VmDir>,
+    connections: AtomicUsize,
+}
+
+/// Serves.
+pub fn run(runtime: &Runtime, args: &AgentArgs, service: Service) -> Result<u8> {
+    check_address(args.listen, args.insecure_plaintext)?;
+    vmm::host::Host::open().context("this host cannot take VMs in")?;
+    let listener = TcpListener::bind(args.listen).with_context(|| format!("cannot listen on {}", args.listen))?;
+    let (accepted, arrivals) = mpsc::channel();
+    let agent = Arc::new(Agent {
+        runtime: runtime.clone(),
+        bridge: args.bridge.clone(),
+        timeouts: Timeouts::default(),
+        arrivals: Mutex::default(),
+        accepted,
+        connections: AtomicUsize::new(0),
+    });
+    let address = listener.local_addr()?;
+    tracing::info!(%address, "ready for migrations");
+    let acceptor = thread::Builder::new().name("accept".into()).spawn(move || accept(&agent, &listener))?;
+    match service {
+        Service::UntilStopped => {
+            acceptor.join().map_err(|_| anyhow::anyhow!("the acceptor panicked"))?;
+            Ok(0)
+        }
+        Service::OneVm { patience } => {
+            let deadline = patience.map(|p| Instant::now() + p);
+            let left = || deadline.map_or(Duration::MAX, |d| d.saturating_duration_since(Instant::now()));
+            let none = || format!("no VM came within {:?}", patience.unwrap_or_default());
+            let vm = match deadline {
+                None => arrivals.recv().context("the acceptor is gone")?,
+                Some(_) => arrivals.recv_timeout(left()).with_context(none)?,
+            };
+            wait_for(runtime, &vm)?;
+            println!("{}", vm.name());
+            thread::sleep(LINGER);
+            Ok(0)
+        }
+    }
+}
+
+/// Until the VM is this host's.
+fn wait_for(runtime: &Runtime, vm: &VmDir) -> Result<()> {
+    loop {
+        if !vm.is_held()? {
+            bail!("{} was not received: its migration failed or was cancelled, and it is where it was", vm.name());
+        }
+        match client::inspect(runtime, vm.name()).map(|view| view.state) {
+            Ok(State::Starting | State::Receiving | State::InDoubt) | Err(_) => thread::sleep(LOOK_EVERY),
+            Ok(_) => return Ok(()),
+        }
+    }
+}
+
+fn check_address(address: SocketAddr, insecure: bool) -> Result<()> {
+    if !address.ip().is_loopback() && !insecure {
+        bail!(
+            "refusing to listen on {address}: nothing is encrypted or authenticated yet, so whoever reaches the port could read and \
+             replace guests' memory. On a network that is yours alone, add --insecure-plaintext"
+        );
+    }
+    Ok(())
+}
+
+/// `host` or `host:port`, as one can dial it.
+pub fn with_port(host: &str) -> String {
+    let has_port = host
+        .rsplit_once(':')
+        .is_some_and(|(name, port)| port.parse::<u16>().is_ok() && (!name.contains(':') || name.ends_with(']')));
+    match host {
+        _ if has_port => host.into(),
+        v6 if v6.contains(':') && !v6.starts_with('[') => format!("[{v6}]:{DEFAULT_PORT}"),
+        name => format!("{name}:{DEFAULT_PORT}"),
+    }
+}
+
+fn accept(agent: &Arc<Agent>, listener: &TcpListener) {
+    loop {
+        let (stream, peer) = match listener.accept() {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, most likely: others may end meanwhile.
+                tracing::warn!(%error, "a connection cannot be accepted");
+                thread::sleep(Duration::from_millis(100));
+                continue;
+            }
+        };
+        if agent.connections.fetch_add(1, Ordering::SeqCst) >= MAX_CONNECTIONS {
+            agent.connections.fetch_sub(1, Ordering::SeqCst);
+            tracing::warn!(%peer, "turned away: {MAX_CONNECTIONS} connections are being served");
+            continue;
+        }
+        let for_thread = agent.clone();
+        let served = thread::Builder::new().name("connection".into()).stack_size(512 << 10).spawn(move || {
+            if let Err(error) = serve(&for_thread, stream) {
+                tracing::info!(%peer, "{}", migrator::report::chain(error.as_ref()));
+            }
+            for_thread.connections.fetch_sub(1, Ordering::SeqCst);
+        });
+        if let Err(error) = served {
+            agent.connections.fetch_sub(1, Ordering::SeqCst);
+            tracing::warn!(%error, %peer, "turned away");
+        }
+    }
+}
+
+fn serve(agent: &Agent, stream: TcpStream) -> Result<()> {
+    let accepted = transport::accept(stream, agent.timeouts)?;
+    let preamble = accepted.preamble;
+    match preamble.role {
+        Role::Request => {
+            let peer = accepted.peer().to_string();
+            let connection = Box::new(accepted.welcome()?);
+            request::serve(connection, agent.timeouts.request, &mut requests::Handler { agent, peer })?;
+        }
+        Role::Control | Role::Pages => {
+            let receiver = {
+                let arrivals = agent.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+                arrivals.get(&preamble.id).map(UnixStream::try_clone).transpose()?
+            };
+            let Some(receiver) = receiver else {
+                accepted.refuse("there is no such migration here (any more)")?;
+                bail!("a connection for an unknown migration");
+            };
+            let stream = accepted.welcome()?.into_stream();
+            connections::hand_over(&receiver, &stream, preamble.role, preamble.stream)
+                .context("the receiving process does not take the connection")?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_port_is_added_where_there_is_none() {
+        for (given, dialled) in [
+            ("host2", "host2:7437"),
+            ("host2:99", "host2:99"),
+            ("10.0.0.7", "10.0.0.7:7437"),
+            ("fd00::2", "[fd00::2]:7437"),
+            ("[fd00::2]:99", "[fd00::2]:99"),
+            ("[fd00::2]", "[fd00::2]:7437"),
+        ] {
+            assert_eq!(with_port(given), dialled);
+        }
+    }
+
+    #[test]
+    fn only_loopback_is_served_without_saying_so() {
+        check_address("127.0.0.1:7437".parse().unwrap(), false).unwrap();
+        check_address("[::1]:7437".parse().unwrap(), false).unwrap();
+        check_address("0.0.0.0:7437".parse().unwrap(), true).unwrap();
+        for address in ["0.0.0.0:7437", "10.0.0.1:7437", "[::]:7437"] {
+            let error = check_address(address.parse().unwrap(), false).unwrap_err().to_string();
+            assert!(error.contains("--insecure-plaintext"), "{error}");
+        }
+    }
+}

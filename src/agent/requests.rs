@@ -1,0 +1,101 @@
+//! What peers ask an agent: to take a VM, and what became of a migration.
+
+use std::os::unix::net::UnixStream;
+use std::sync::PoisonError;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result};
+use migrator::MigrationId;
+use migrator::driver::request::{AskAnswer, Offer, Requests};
+use migrator::handoff::{self, Answer, HandoffRecord, Step};
+use migrator::journal::{FileJournal, JournalError};
+use migrator::traits::{Durability, Journal, Refusal};
+
+use super::Agent;
+use crate::machine::endpoint::SourceFacts;
+use crate::machine::process::{Arrival, Start};
+use crate::machine::spawn;
+
+/// One connection's requests.
+pub(super) struct Handler<'a> {
+    pub(super) agent: &'a Agent,
+    pub(super) peer: String,
+}
+
+impl Requests for Handler<'_> {
+    fn offer(&mut self, offer: Offer) -> Result<(), Refusal> {
+        let name = offer.vm.name.clone();
+        tracing::info!(vm = name, from = self.peer, "offered");
+        self.take(offer).map_err(|error| {
+            let reason = format!("{error:#}");
+            tracing::info!(vm = name, from = self.peer, reason, "not taken");
+            Refusal { reason, mismatches: Vec::new() }
+        })
+    }
+
+    fn ask(&mut self, id: MigrationId) -> AskAnswer {
+        let answer = self.what_became_of(id).unwrap_or_else(|error| {
+            tracing::warn!(%id, "cannot tell what became of a migration: {error:#}");
+            AskAnswer::Pending
+        });
+        tracing::info!(%id, from = self.peer, ?answer, "asked");
+        answer
+    }
+}
+
+impl Handler<'_> {
+    fn take(&self, offer: Offer) -> Result<()> {
+        let agent = self.agent;
+        let facts: SourceFacts =
+            serde_json::from_value(offer.vm.facts.clone()).context("the VM's description cannot be read")?;
+        let mut spec = facts.spec;
+        anyhow::ensure!(spec.name == offer.vm.name, "the offer has two names for the VM");
+        let dir = agent.runtime.vm(&spec.name)?;
+        anyhow::ensure!(
+            !dir.exists(),
+            "the name {} is taken on the destination: microvm ps there shows by what",
+            spec.name
+        );
+        if let Some(bridge) = &agent.bridge {
+            spec.nets.iter_mut().filter(|net| net.bridge.is_some()).for_each(|net| net.bridge = Some(bridge.clone()));
+        }
+        let id = offer.id;
+        let (ours, theirs) = UnixStream::pair()?;
+        agent.arrivals.lock().unwrap_or_else(PoisonError::into_inner).insert(id, ours);
+        let arrival = |connections| Arrival { offer, from: self.peer.clone(), connections };
+        let started = spawn::vm_process(|fd| Start { spec, arrival: fd.map(arrival) }, Some(theirs));
+        if started.is_err() {
+            agent.arrivals.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        }
+        started?;
+        // Nobody listens when this is no one-shot service.
+        let _ = agent.accepted.send(dir);
+        Ok(())
+    }
+
+    fn tombstone(&self, id: MigrationId) -> HandoffRecord {
+        let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
+        HandoffRecord { id, step: Step::GaveUp, unix_ms, vm: String::new(), peer: self.peer.clone() }
+    }
+
+    /// From the migration's journal. If the receiving process holds it, it may not be the last word; if nobody does and nothing was
+    /// promised, the migration is given up here and now, for good.
+    fn what_became_of(&self, id: MigrationId) -> Result<AskAnswer> {
+        let path = self.agent.runtime.handoff(id)?;
+        let answer = match FileJournal::open(&path) {
+            Err(JournalError::InUse(_)) => handoff::answer(&FileJournal::read(&path)?, id, true),
+            Err(error) => return Err(error.into()),
+            Ok(mut journal) => {
+                let answer = handoff::answer(&journal.load()?, id, false);
+                if answer == Answer::NoTrace {
+                    journal.append(&self.tombstone(id), Durability::Durable)?;
+                    Answer::GaveUp
+                } else {
+                    answer
+                }
+            }
+        };
+        // A living process with nothing promised yet settles it itself.
+        Ok(AskAnswer::try_from(answer).unwrap_or(AskAnswer::Pending))
+    }
+}

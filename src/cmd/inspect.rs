@@ -1,0 +1,90 @@
+//! `microvm inspect`.
+
+use anyhow::Result;
+
+use crate::cli::InspectArgs;
+use crate::client;
+use crate::machine::view::{ProgressView, VmView};
+use crate::runtime::Runtime;
+use crate::units::format_bytes;
+
+/// Shows all about a VM.
+pub fn run(runtime: &Runtime, args: &InspectArgs) -> Result<u8> {
+    let vm = client::inspect(runtime, &args.name)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&vm)?);
+    } else {
+        print(&vm);
+    }
+    Ok(0)
+}
+
+fn print(vm: &VmView) {
+    let line = |key: &str, value: String| println!("{key:<12} {value}");
+    line("name", vm.name.clone());
+    line("state", vm.state.to_string());
+    line("process", vm.pid.to_string());
+    line("cpus", vm.cpus.to_string());
+    line("memory", format_bytes(vm.memory_bytes));
+    line("kernel", vm.boot.kernel_name());
+    if let Some(initrd) = &vm.boot.initrd {
+        line("initrd", initrd.display().to_string());
+    }
+    line("cmdline", vm.boot.cmdline.clone());
+    for (i, net) in vm.nets.iter().enumerate() {
+        let plug = [("bridge", &net.bridge), ("tap", &net.tap)];
+        let plug: Vec<String> = plug.iter().filter_map(|(k, v)| v.as_ref().map(|v| format!("{k} {v}"))).collect();
+        line(&format!("net {i}"), format!("{}, {}", net.mac, plug.join(", ")));
+        if let Some(addresses) = vm.addresses.get(i).filter(|a| !a.is_empty()) {
+            line("", addresses.join(" "));
+        }
+        if let Some(t) = vm.traffic.get(i) {
+            let (rx, tx) = (format_bytes(t.rx_bytes), format_bytes(t.tx_bytes));
+            line(
+                "",
+                format!("received {} frames ({rx}), sent {} ({tx}), dropped {}", t.rx_packets, t.tx_packets, t.dropped),
+            );
+        }
+    }
+    if let Some(migration) = &vm.migration {
+        line("migration", progress(migration));
+    }
+    if let Some(report) = &vm.last_migration {
+        let error = report.error.as_ref().map_or(String::new(), |e| format!(": {}", e.message));
+        line("last move", format!("to {}, {:?}{error}", report.to, report.outcome).to_lowercase());
+    }
+}
+
+/// A migration's progress on one line.
+pub fn progress(m: &ProgressView) -> String {
+    use migrator::Phase;
+    let direction = if m.incoming { "from" } else { "to" };
+    let mut text = format!("{direction} {}: {}", m.peer, m.phase);
+    let mut add = |part: String| {
+        text.push_str(", ");
+        text.push_str(&part);
+    };
+    if m.phase == Phase::InDoubt {
+        add(format!("for {:.1} s", m.in_doubt_ms.unwrap_or(0) as f64 / 1e3));
+        add(format!("last answer: {}", m.last_answer.as_deref().unwrap_or("none")));
+        return text;
+    }
+    if m.round > 0 {
+        let percent = if m.pages_total > 0 { 100 * m.pages_done / m.pages_total } else { 100 };
+        add(format!("round {} {percent} %", m.round));
+        add(format!("{} sent", format_bytes(m.bytes_sent)));
+    }
+    if let Some(rate) = m.dirty_rate {
+        add(format!("dirtying {}/s", format_bytes(rate)));
+    }
+    if let Some(rate) = m.bandwidth {
+        add(format!("sending {}/s", format_bytes(rate)));
+    }
+    if let Some(eta) = m.eta_ms {
+        add(format!("{:.1} s left in this round", eta as f64 / 1e3));
+    }
+    if let Some(blackout) = m.predicted_blackout_ms {
+        add(format!("blackout {blackout:.1} ms if it were now"));
+    }
+    text
+}
