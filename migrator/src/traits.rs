@@ -112,7 +112,7 @@ pub trait GuestPages: Send + Sync {
         for run in wanted.runs(chunk * CHUNK_PAGES) {
             for page in run.first..run.first + run.pages {
                 self.read(PageRun { first: page, pages: 1 }, &mut page_bytes)?;
-                if page_bytes.iter().all(|byte| *byte == 0) {
+                if page_bytes == [0; PAGE_SIZE] {
                     zero.set(page - chunk * CHUNK_PAGES);
                 }
             }

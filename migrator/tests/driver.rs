@@ -18,8 +18,10 @@ use migrator::options::Timeouts;
 use migrator::traits::*;
 use migrator::transport::{TcpConnection, TcpDialer, accept};
 use migrator::wire::preamble::Role;
-use migrator::{Arrived, Incoming, MigrationHandle, MigrationId, Mode, Options, Outcome, Owner, Phase, ReceiveError,
-               ReceiveOptions, Received, Report};
+use migrator::{
+    Arrived, Incoming, MigrationHandle, MigrationId, Mode, Options, Outcome, Owner, Phase, ReceiveError,
+    ReceiveOptions, Received, Report,
+};
 
 /// Long enough for any machine; a test that waits so long has hung.
 const HANG: Duration = Duration::from_secs(60);
@@ -162,7 +164,13 @@ impl Requests for Agent {
         let mut records = self.0.journal.records.lock().unwrap();
         match handoff::answer(&records, id, self.0.alive.load(Ordering::SeqCst)) {
             Answer::NoTrace => {
-                records.push(HandoffRecord { id, step: Step::GaveUp, unix_ms: 0, vm: String::new(), peer: String::new() });
+                records.push(HandoffRecord {
+                    id,
+                    step: Step::GaveUp,
+                    unix_ms: 0,
+                    vm: String::new(),
+                    peer: String::new(),
+                });
                 AskAnswer::GaveUp
             }
             answer => answer.try_into().unwrap(),
@@ -235,7 +243,13 @@ fn migrate(vm: MockSource, dial: Arc<dyn Dialer>, options: &Options, handle: &Mi
     migrate_as(MigrationId::random().unwrap(), vm, dial, options, handle)
 }
 
-fn migrate_as(id: MigrationId, mut vm: MockSource, dial: Arc<dyn Dialer>, options: &Options, handle: &MigrationHandle) -> Attempt {
+fn migrate_as(
+    id: MigrationId,
+    mut vm: MockSource,
+    dial: Arc<dyn Dialer>,
+    options: &Options,
+    handle: &MigrationHandle,
+) -> Attempt {
     let journal = MemoryJournal::default();
     let report = migrator::migrate(&mut vm, id, dial, &mut journal.clone(), options, handle);
     let progress = handle.progress();
@@ -266,7 +280,9 @@ fn wait_for(handle: &MigrationHandle, what: impl Fn(&migrator::Progress) -> bool
 
 #[test]
 fn moves_a_running_guest() {
-    for (mode, streams, verify) in [(LogMode::Manual, 1, true), (LogMode::ClearOnRead, 1, true), (LogMode::Manual, 4, false)] {
+    for (mode, streams, verify) in
+        [(LogMode::Manual, 1, true), (LogMode::ClearOnRead, 1, true), (LogMode::Manual, 4, false)]
+    {
         let ram = filled(3000, mode);
         let host = Host::start(MockDestination::default());
         let options = Options { streams, verify, from: "here".into(), ..options() };
@@ -295,7 +311,18 @@ fn moves_a_running_guest() {
         assert_eq!(report.ram_bytes, 3000 * 4096);
         assert!(report.blackout_ms.unwrap() > 0.0 && report.blackout_ms.unwrap() <= report.total_ms);
         assert!(report.predicted_blackout_ms.is_some());
-        for part in ["pause", "collect", "save", "transfer", "load", "prepare-journal", "decide-journal", "commit", "commit-journal", "start"] {
+        for part in [
+            "pause",
+            "collect",
+            "save",
+            "transfer",
+            "load",
+            "prepare-journal",
+            "decide-journal",
+            "commit",
+            "commit-journal",
+            "start",
+        ] {
             assert!(report.blackout.contains_key(part), "{part}");
         }
         assert_eq!(report.blackout.contains_key("verify"), verify);
@@ -358,14 +385,22 @@ fn a_cap_on_bandwidth_holds() {
 fn a_refusal_names_everything_wherever_it_comes_from() {
     let host = Host::start(MockDestination::default());
     host.shared.refuse_offer.store(true, Ordering::SeqCst);
-    let attempt = migrate(MockSource::new(filled(10, LogMode::Manual)), host.dialer(), &options(), &MigrationHandle::new());
+    let attempt =
+        migrate(MockSource::new(filled(10, LogMode::Manual)), host.dialer(), &options(), &MigrationHandle::new());
     attempt.assert_still_here();
     assert!(attempt.error().contains("this host is being emptied"), "{}", attempt.error());
 
-    let mismatch = |what: &str| Mismatch { what: what.into(), source: "yes".into(), destination: "no".into(), hint: "mask it".into() };
-    let refusal = Refusal { reason: "2 mismatches".into(), mismatches: vec![mismatch("avx512f"), mismatch("tsc_scaling")] };
+    let mismatch = |what: &str| Mismatch {
+        what: what.into(),
+        source: "yes".into(),
+        destination: "no".into(),
+        hint: "mask it".into(),
+    };
+    let refusal =
+        Refusal { reason: "2 mismatches".into(), mismatches: vec![mismatch("avx512f"), mismatch("tsc_scaling")] };
     let host = Host::start(MockDestination { refusal: Some(refusal), ..MockDestination::default() });
-    let attempt = migrate(MockSource::new(filled(10, LogMode::Manual)), host.dialer(), &options(), &MigrationHandle::new());
+    let attempt =
+        migrate(MockSource::new(filled(10, LogMode::Manual)), host.dialer(), &options(), &MigrationHandle::new());
     attempt.assert_still_here();
     for word in ["preflight", "avx512f: yes here, no there (mask it)", "tsc_scaling"] {
         assert!(attempt.error().contains(word), "{}", attempt.error());
@@ -409,7 +444,8 @@ fn failures_of_either_vm_leave_the_guest_running() {
 #[test]
 fn a_start_that_may_have_run_is_the_destinations_loss() {
     let host = Host::start(MockDestination { fails: Some("start-late"), ..MockDestination::default() });
-    let attempt = migrate(MockSource::new(filled(10, LogMode::Manual)), host.dialer(), &options(), &MigrationHandle::new());
+    let attempt =
+        migrate(MockSource::new(filled(10, LogMode::Manual)), host.dialer(), &options(), &MigrationHandle::new());
     assert_eq!((attempt.report.outcome, attempt.report.owner), (Outcome::Failed, Owner::Destination));
     assert!(attempt.vm.paused() && attempt.error().contains("injected failure of start"), "{}", attempt.error());
     assert!(matches!(host.outcome().1, Err(ReceiveError::Lost(_))));
@@ -419,7 +455,8 @@ fn a_start_that_may_have_run_is_the_destinations_loss() {
 fn verify_finds_memory_that_differs() {
     let host = Host::start(MockDestination { corrupt: true, ..MockDestination::default() });
     let options = Options { verify: true, ..options() };
-    let attempt = migrate(MockSource::new(filled(100, LogMode::Manual)), host.dialer(), &options, &MigrationHandle::new());
+    let attempt =
+        migrate(MockSource::new(filled(100, LogMode::Manual)), host.dialer(), &options, &MigrationHandle::new());
     attempt.assert_still_here();
     assert!(attempt.error().contains("memory differs"), "{}", attempt.error());
     assert!(host.outcome().1.is_err());
@@ -462,7 +499,8 @@ fn a_guest_that_is_gone_ends_it() {
 fn cancel_while_pages_flow_and_then_again() {
     let ram = filled(3000, LogMode::Manual);
     let host = Host::start(MockDestination::default());
-    let (handle, thread) = in_background(MockSource::new(ram.clone()), host.dialer(), Options { bandwidth: Some(2_000_000), ..options() });
+    let (handle, thread) =
+        in_background(MockSource::new(ram.clone()), host.dialer(), Options { bandwidth: Some(2_000_000), ..options() });
     wait_for(&handle, |progress| progress.phase == Phase::PreCopy && progress.pages_done > 0);
     let progress = handle.progress();
     assert_eq!((progress.round, progress.pages_total), (1, 3000));
@@ -584,7 +622,10 @@ impl Link {
                     continue;
                 }
                 let far = TcpStream::connect(host).unwrap();
-                for (mut from, mut to) in [(near.try_clone().unwrap(), far.try_clone().unwrap()), (far.try_clone().unwrap(), near.try_clone().unwrap())] {
+                for (mut from, mut to) in [
+                    (near.try_clone().unwrap(), far.try_clone().unwrap()),
+                    (far.try_clone().unwrap(), near.try_clone().unwrap()),
+                ] {
                     let flag = flag.clone();
                     thread::spawn(move || {
                         let mut buffer = [0; 65536];
@@ -619,13 +660,22 @@ fn a_cut_link_and_a_silent_link_leave_the_guest_here() {
         let link = Link::to(host.address);
         let dial = Arc::new(TcpDialer::new(link.address.to_string(), timeouts()));
         let ram = filled(3000, LogMode::Manual);
-        let (handle, thread) = in_background(MockSource::new(ram), dial, Options { bandwidth: Some(1_000_000), ..options() });
+        let (handle, thread) =
+            in_background(MockSource::new(ram), dial, Options { bandwidth: Some(1_000_000), ..options() });
         wait_for(&handle, |progress| progress.phase == Phase::PreCopy && progress.pages_done > 0);
-        if silent { link.mute.store(true, Ordering::SeqCst) } else { link.cut() }
+        if silent {
+            link.mute.store(true, Ordering::SeqCst)
+        } else {
+            link.cut()
+        }
         let attempt = thread.join().unwrap();
         attempt.assert_still_here();
         assert_eq!(attempt.report.outcome, Outcome::Failed);
-        assert!(attempt.error().contains(if silent { "nothing came for" } else { "pre-copy: " }), "{}", attempt.error());
+        assert!(
+            attempt.error().contains(if silent { "nothing came for" } else { "pre-copy: " }),
+            "{}",
+            attempt.error()
+        );
         let (vm, result) = host.outcome();
         assert!(result.is_err() && vm.fate.discarded.load(Ordering::SeqCst));
         link.mute.store(false, Ordering::SeqCst);
@@ -654,7 +704,11 @@ impl DestinationVm for Deadly {
         // COMMIT is here: from now on the source hears nothing on control.
         self.link.cut();
         thread::sleep(Duration::from_millis(200));
-        if self.starts { self.inner.start(paused) } else { Err(StartError { may_have_run: false, source: "no".into() }) }
+        if self.starts {
+            self.inner.start(paused)
+        } else {
+            Err(StartError { may_have_run: false, source: "no".into() })
+        }
     }
     fn announcer(&self) -> Arc<dyn Announcer> {
         self.inner.announcer()
@@ -665,7 +719,10 @@ impl DestinationVm for Deadly {
 }
 
 /// Migrates through a link that is cut between COMMIT and RUNNING. Gives back the attempt's thread and the host.
-fn cut_after_commit(starts: bool, deaf: bool) -> (Host, MigrationHandle, JoinHandle<Attempt>, JoinHandle<Result_>, MigrationId) {
+fn cut_after_commit(
+    starts: bool,
+    deaf: bool,
+) -> (Host, MigrationHandle, JoinHandle<Attempt>, JoinHandle<Result_>, MigrationId) {
     let host = Host::start(MockDestination::default());
     let link = Arc::new(Link::to(host.address));
     let id = MigrationId::random().unwrap();
@@ -679,13 +736,23 @@ fn cut_after_commit(starts: bool, deaf: bool) -> (Host, MigrationHandle, JoinHan
     let receiver = thread::spawn(move || {
         let offer = Offer { id, vm: description, streams: 1, verify: false };
         let options = ReceiveOptions { timeouts: timeouts(), ..ReceiveOptions::default() };
-        let result = migrator::receive(&mut vm, Incoming { offer, connections }, &mut state.journal.clone(), &options, &MigrationHandle::new());
+        let result = migrator::receive(
+            &mut vm,
+            Incoming { offer, connections },
+            &mut state.journal.clone(),
+            &options,
+            &MigrationHandle::new(),
+        );
         state.alive.store(false, Ordering::SeqCst);
         result
     });
     // The offer is answered by an agent that does nothing more: the receiver is there already.
     let handle = MigrationHandle::new();
-    let dial = Arc::new(OfferedDialer { link: TcpDialer::new(link.address.to_string(), timeouts()), host: host.shared.clone(), deaf });
+    let dial = Arc::new(OfferedDialer {
+        link: TcpDialer::new(link.address.to_string(), timeouts()),
+        host: host.shared.clone(),
+        deaf,
+    });
     let clone = handle.clone();
     let thread = thread::spawn(move || migrate_as(id, MockSource::new(ram), dial, &options(), &clone));
     (host, handle, thread, receiver, id)
@@ -702,8 +769,13 @@ impl Dialer for OfferedDialer {
     fn peer(&self) -> String {
         self.link.peer()
     }
-    fn dial(&self, preamble: &migrator::wire::preamble::Preamble) -> Result<Box<dyn Connection>, migrator::transport::ConnectError> {
-        if preamble.role == Role::Request && self.host.journal.records.lock().unwrap().iter().all(|record| record.step < Step::Committed) {
+    fn dial(
+        &self,
+        preamble: &migrator::wire::preamble::Preamble,
+    ) -> Result<Box<dyn Connection>, migrator::transport::ConnectError> {
+        if preamble.role == Role::Request
+            && self.host.journal.records.lock().unwrap().iter().all(|record| record.step < Step::Committed)
+        {
             let (near, far) = pair();
             thread::spawn(move || {
                 struct Yes;
@@ -738,7 +810,12 @@ fn in_doubt_settles_itself_when_the_agent_answers() {
     let (_host, _, thread, receiver, _) = cut_after_commit(true, false);
     let attempt = thread.join().unwrap();
     assert!(receiver.join().unwrap().is_ok());
-    assert_eq!((attempt.report.outcome, attempt.report.owner), (Outcome::Completed, Owner::Destination), "{:?}", attempt.report);
+    assert_eq!(
+        (attempt.report.outcome, attempt.report.owner),
+        (Outcome::Completed, Owner::Destination),
+        "{:?}",
+        attempt.report
+    );
     assert!(attempt.vm.paused());
     assert_eq!(attempt.steps(), [Step::Sending, Step::Decided, Step::Released]);
 
@@ -792,16 +869,23 @@ fn strangers_are_called_by_name() {
         Arc::new(TcpDialer::new(listener.local_addr().unwrap().to_string(), timeouts()))
     };
     for (dial, says) in [
-        (stranger(b"HTTP/1.1 400 Bad Request\r\nServer: x\r\n\r\n", true), r#"answers, but not with the microvm protocol (got "HTTP/1.1 400 Bad Request")"#),
+        (
+            stranger(b"HTTP/1.1 400 Bad Request\r\nServer: x\r\n\r\n", true),
+            r#"answers, but not with the microvm protocol (got "HTTP/1.1 400 Bad Request")"#,
+        ),
         (stranger(b"SSH-2.0-x\r\n", true), r#"(got "SSH-2.0-x")"#),
         (stranger(b"\xff\x00\xfe", true), "not with the microvm protocol"),
         (stranger(b"", true), "said nothing for 500ms"),
         (stranger(b"", false), "the connection broke"),
-        (stranger(b"MICROVM\n\x04\x00\x09\x00\x00\x00", true), "the peer speaks version 9 of the migration protocol, this host version 1"),
+        (
+            stranger(b"MICROVM\n\x04\x00\x09\x00\x00\x00", true),
+            "the peer speaks version 9 of the migration protocol, this host version 1",
+        ),
         (stranger(b"MICROVM\n\xff\xff", true), "broke the protocol"),
         (refused, "cannot connect: Connection refused"),
         (Arc::new(TcpDialer::new("no.such.host.invalid:7437", timeouts())), "no such host"),
-    ] as [(Arc<dyn Dialer>, &str); 9] {
+    ] as [(Arc<dyn Dialer>, &str); 9]
+    {
         let attempt = migrate(MockSource::new(filled(10, LogMode::Manual)), dial, &options(), &MigrationHandle::new());
         attempt.assert_still_here();
         assert!(attempt.error().contains(says), "{says}: {}", attempt.error());
@@ -820,7 +904,10 @@ fn an_agent_tells_strangers_why() {
         let _ = stream.read_to_end(&mut answer);
         String::from_utf8_lossy(&answer).into_owned()
     };
-    assert!(ask(b"MICROVM\n\x04\x00\x02\x00\x01\x00").contains("the peer speaks version 2 of the migration protocol, this host version 1"));
+    assert!(
+        ask(b"MICROVM\n\x04\x00\x02\x00\x01\x00")
+            .contains("the peer speaks version 2 of the migration protocol, this host version 1")
+    );
     assert_eq!(ask(b"GET / HTTP/1.1\r\n\r\n"), "");
     // A migration that nobody knows.
     let preamble = migrator::wire::preamble::Preamble { role: Role::Control, stream: 0, id: MigrationId([9; 16]) };
@@ -851,7 +938,8 @@ fn does_not_converge_and_says_so() {
 fn a_time_limit_ends_pre_copy() {
     let host = Host::start(MockDestination::default());
     let options = Options { bandwidth: Some(500_000), timeout: Some(Duration::from_millis(700)), ..options() };
-    let attempt = migrate(MockSource::new(filled(3000, LogMode::Manual)), host.dialer(), &options, &MigrationHandle::new());
+    let attempt =
+        migrate(MockSource::new(filled(3000, LogMode::Manual)), host.dialer(), &options, &MigrationHandle::new());
     attempt.assert_still_here();
     assert!(attempt.error().contains("took longer than 700ms"), "{}", attempt.error());
 }

@@ -15,7 +15,7 @@ pub(super) struct Account {
     /// The time of the event in hand.
     pub now: Duration,
     pub began: Duration,
-    pub rtt: Duration,
+    pub rtt: Option<Duration>,
     /// When the pause was asked for; none if the guest was not running.
     pub pause_began: Option<Duration>,
     /// When the part of the blackout in hand began.
@@ -42,7 +42,7 @@ impl Account {
         Self {
             now: Duration::ZERO,
             began: Duration::ZERO,
-            rtt: Duration::ZERO,
+            rtt: None,
             pause_began: None,
             mark: Duration::ZERO,
             predicted: None,
@@ -134,7 +134,7 @@ impl Account {
         let us = Duration::from_micros;
         let (journal, start, ran) = (us(running.journal_us), us(running.start_us), running.running_us.map(us));
         let there = journal.saturating_add(start).saturating_add(ran.unwrap_or_default());
-        let back = self.rtt / 2;
+        let back = self.rtt.unwrap_or_default() / 2;
         self.part("commit", self.now.saturating_sub(self.mark).saturating_sub(there).saturating_sub(back));
         self.part("commit-journal", journal);
         self.part("start", start);

@@ -192,8 +192,10 @@ impl Source {
         self.account.now = now;
         let failed = match event {
             Event::RoundTrip(rtt) => {
+                // The shortest is the truest: the others waited for a thread, or behind pages.
+                let rtt = self.account.rtt.map_or(rtt, |shortest| shortest.min(rtt));
                 self.precopy.costs.rtt = rtt;
-                self.account.rtt = rtt;
+                self.account.rtt = Some(rtt);
                 Ok(())
             }
             Event::Cancel => Err(MigrateError::Cancelled),
