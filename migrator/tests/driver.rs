@@ -1,4 +1,5 @@
 //! Both drivers on real sockets, with a VM that is none.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
@@ -477,6 +478,11 @@ fn a_journal_that_cannot_be_written_ends_it_before_anything_moves() {
     let attempt = migrate(vm, host.dialer(), &options(), &MigrationHandle::new());
     attempt.assert_still_here();
     assert!(attempt.report.rounds.is_empty());
+    assert!(
+        attempt.error().contains("the destination refused") && attempt.error().contains("disk full"),
+        "{}",
+        attempt.error()
+    );
     assert!(host.outcome().1.is_err());
 }
 

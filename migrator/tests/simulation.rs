@@ -1,5 +1,6 @@
 //! Both machines against each other on a simulated clock and link, from a seed: delays, cuts, flipped bits, crashes,
 //! cancels, at every step. At most one side may run the VM at any time, and in the end exactly one owns it.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
@@ -257,7 +258,7 @@ impl World {
             }
             Fault::Cancel => self.after(Duration::ZERO, Happening::ToSource(source::Event::Cancel)),
             Fault::CancelAtDestination => {
-                self.after(Duration::ZERO, Happening::ToDestination(destination::Event::Cancel))
+                self.after(Duration::ZERO, Happening::ToDestination(destination::Event::Cancel));
             }
             Fault::GuestGone => self.after(Duration::ZERO, Happening::ToSource(source::Event::GuestGone("off".into()))),
             Fault::JournalFullHere => self.source_journal.fails.store(true, Ordering::SeqCst),
@@ -688,7 +689,7 @@ impl World {
 }
 
 fn source_vm(seed: u64) -> MockSource {
-    let ram = MockRam::new(PAGES, if seed % 2 == 0 { LogMode::Manual } else { LogMode::ClearOnRead });
+    let ram = MockRam::new(PAGES, if seed.is_multiple_of(2) { LogMode::Manual } else { LogMode::ClearOnRead });
     let mut random = Random(seed);
     for page in 0..PAGES {
         if page % 9 == 0 {

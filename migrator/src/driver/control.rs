@@ -75,6 +75,12 @@ impl Control {
         while !(self.writer.is_finished() && self.reader.is_finished()) && Instant::now() < until {
             thread::sleep(Duration::from_millis(1));
         }
+    }
+}
+
+impl Drop for Control {
+    /// Its threads would keep the connection alive, and the peer waiting.
+    fn drop(&mut self) {
         self.closer.close();
     }
 }
