@@ -263,10 +263,13 @@ pub trait Announcer: Send + Sync {
     /// Sends an Ethernet frame (without checksum) out of the interface with this number in [`Announcer::addresses`].
     fn inject_frame(&self, nic: usize, frame: &[u8]) -> io::Result<()>;
 
-    /// Asks the guest itself to announce (virtio-net `VIRTIO_NET_S_ANNOUNCE`). False if it cannot.
-    fn guest_announce(&self) -> bool {
+    /// Whether the guest can be asked to announce itself (virtio-net `VIRTIO_NET_F_GUEST_ANNOUNCE`).
+    fn guest_can_announce(&self) -> bool {
         false
     }
+
+    /// Asks it, once, as soon as it runs. Called only if it can be asked.
+    fn guest_announce(&self) {}
 }
 
 /// Whether a record must survive the loss of power before the next step.

@@ -16,6 +16,7 @@ use migrator::driver::request::{self, AskAnswer, Offer, Requests};
 use migrator::handle::{HandleError, Resolution};
 use migrator::handoff::{self, Answer, HandoffRecord, Step};
 use migrator::options::Timeouts;
+use migrator::report::AnnounceReport;
 use migrator::traits::*;
 use migrator::transport::{TcpConnection, TcpDialer, accept};
 use migrator::wire::preamble::Role;
@@ -66,11 +67,9 @@ struct HostState {
     /// Does not answer questions.
     deaf: AtomicBool,
     handle: MigrationHandle,
-    /// Wraps connections, to tamper with them.
-    tap: Mutex<Option<Tap>>,
+    /// Connections hide their sockets.
+    opaque: AtomicBool,
 }
-
-type Tap = Box<dyn Fn(Role, TcpConnection) -> Box<dyn Connection> + Send>;
 
 impl Host {
     fn start(vm: MockDestination) -> Self {
@@ -128,9 +127,9 @@ impl HostState {
                     return;
                 };
                 let connection = accepted.welcome().unwrap();
-                let connection: Box<dyn Connection> = match &*self.tap.lock().unwrap() {
-                    Some(tap) => tap(role, connection),
-                    None => Box::new(connection),
+                let connection: Box<dyn Connection> = match self.opaque.load(Ordering::SeqCst) {
+                    true => Box::new(Opaque(Box::new(connection))),
+                    false => Box::new(connection),
                 };
                 let _ = route.send(Arrived { role, stream: preamble.stream, connection });
             }
@@ -337,6 +336,84 @@ fn moves_a_running_guest() {
     }
 }
 
+/// A connection whose bytes are not the socket's bytes, as with TLS.
+struct Opaque(Box<dyn Connection>);
+struct OpaqueHalf<T: ?Sized>(Box<T>);
+
+impl Connection for Opaque {
+    fn peer(&self) -> String {
+        self.0.peer()
+    }
+    fn split(self: Box<Self>) -> std::io::Result<Split> {
+        let Split { reader, writer, closer } = self.0.split()?;
+        Ok(Split { reader: Box::new(OpaqueHalf(reader)), writer: Box::new(OpaqueHalf(writer)), closer })
+    }
+}
+
+impl Read for OpaqueHalf<dyn ConnectionReader> {
+    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+        self.0.read(bytes)
+    }
+}
+
+impl ConnectionReader for OpaqueHalf<dyn ConnectionReader> {
+    fn set_timeout(&self, timeout: Option<Duration>) -> std::io::Result<()> {
+        self.0.set_timeout(timeout)
+    }
+    fn socket(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        None
+    }
+}
+
+impl Write for OpaqueHalf<dyn ConnectionWriter> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.write(bytes)
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl ConnectionWriter for OpaqueHalf<dyn ConnectionWriter> {
+    fn set_timeout(&self, timeout: Option<Duration>) -> std::io::Result<()> {
+        self.0.set_timeout(timeout)
+    }
+    fn socket(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        None
+    }
+    fn finish(&self) -> std::io::Result<()> {
+        self.0.finish()
+    }
+}
+
+struct OpaqueDialer(Arc<dyn Dialer>);
+
+impl Dialer for OpaqueDialer {
+    fn peer(&self) -> String {
+        self.0.peer()
+    }
+    fn dial(
+        &self,
+        preamble: &migrator::wire::preamble::Preamble,
+    ) -> Result<Box<dyn Connection>, migrator::transport::ConnectError> {
+        Ok(Box::new(Opaque(self.0.dial(preamble)?)))
+    }
+}
+
+#[test]
+fn moves_it_over_connections_without_a_socket() {
+    let ram = filled(1500, LogMode::Manual);
+    let host = Host::start(MockDestination::default());
+    host.shared.opaque.store(true, Ordering::SeqCst);
+    let guest = Guest::run(ram.clone(), 1500, Duration::from_micros(50));
+    let dial = Arc::new(OpaqueDialer(host.dialer()));
+    let options = Options { verify: true, streams: 2, ..options() };
+    let attempt = migrate(MockSource::new(ram.clone()), dial, &options, &MigrationHandle::new());
+    drop(guest);
+    assert_eq!(attempt.report.outcome, Outcome::Completed, "{:?}", attempt.report);
+    assert!(host.outcome().0.ram.unwrap().content() == ram.content());
+}
+
 #[test]
 fn stop_and_copy_pauses_first() {
     let ram = filled(600, LogMode::Manual);
@@ -366,7 +443,8 @@ fn a_paused_guest_stays_paused() {
         assert!(destination.fate.started_paused.load(Ordering::SeqCst));
         let ram_there = destination.ram.unwrap();
         assert!(ram_there.content() == ram.content() && ram_there.lock().paused);
-        assert!(result.unwrap().announcing.is_none());
+        let received = result.unwrap();
+        assert!(received.announcing.is_none() && received.announce == AnnounceReport::default());
     }
 }
 
@@ -670,9 +748,9 @@ fn a_cut_link_and_a_silent_link_leave_the_guest_here() {
             in_background(MockSource::new(ram), dial, Options { bandwidth: Some(1_000_000), ..options() });
         wait_for(&handle, |progress| progress.phase == Phase::PreCopy && progress.pages_done > 0);
         if silent {
-            link.mute.store(true, Ordering::SeqCst)
+            link.mute.store(true, Ordering::SeqCst);
         } else {
-            link.cut()
+            link.cut();
         }
         let attempt = thread.join().unwrap();
         attempt.assert_still_here();

@@ -1,6 +1,6 @@
 //! The destination's machine: events and the time go in, actions come out. No socket, no thread, no clock.
 //!
-//! The order of a migration can be read in one function, [`Destination::step`]. What may happen at any time is in
+//! The order of a migration can be read in one function, `Destination::step`. What may happen at any time is in
 //! [`Destination::handle`]. Who owns the VM is decided by [`DestinationHandoff`] alone.
 
 use std::io;

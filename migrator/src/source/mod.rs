@@ -1,6 +1,6 @@
 //! The source's machine: events and the time go in, actions come out. No socket, no thread, no clock.
 //!
-//! The order of a migration can be read in one function, [`Source::step`]. What may happen at any time (the user cancels,
+//! The order of a migration can be read in one function, `Source::step`. What may happen at any time (the user cancels,
 //! the connection dies, the guest powers off, a limit passes) is in [`Source::handle`]. Who owns the VM is decided by
 //! [`SourceHandoff`] alone.
 
@@ -336,6 +336,10 @@ impl Source {
             }
             (S::Saving | S::Finishing | S::Deciding | S::Committed | S::Settled, Event::RoundSent(sent)) => {
                 self.sent = Some(sent);
+                if self.deadline.is_none() && self.handoff.can_abort() {
+                    let limit = limits.prepare;
+                    self.deadline = Some((self.account.now + limit, limit, "loading at the destination"));
+                }
                 self.close_round()?;
             }
             (S::Finishing, Event::Message(Message::Prepared(prepared))) => {
@@ -370,8 +374,8 @@ impl Source {
         self.account.mark = self.account.now;
         self.act(Action::Pause);
         let limit = self.options.timeouts.switchover.max(self.options.max_downtime * 10);
-        // Without pre-copy all memory is sent in the blackout: that is what was asked for.
-        let limited = self.options.mode == Mode::PreCopy;
+        // Without pre-copy all memory is sent in the blackout, and with `verify` all of it is hashed: that was asked for.
+        let limited = self.options.mode == Mode::PreCopy && !self.options.verify;
         self.enter(State::Pausing, limited.then_some((limit, "the switchover")));
     }
 
@@ -380,10 +384,7 @@ impl Source {
         self.account.mark = self.account.now;
         self.round(true, true, self.total_pages);
         self.act(Action::Save);
-        self.state = State::Saving;
-        if self.paused_before {
-            self.deadline = None;
-        }
+        self.enter(State::Saving, None);
     }
 
     fn round(&mut self, all: bool, last: bool, pages: u64) {
