@@ -151,6 +151,7 @@ pub struct Source {
     /// When the state in hand has lasted too long, and what it is called then.
     deadline: Option<(Duration, Duration, &'static str)>,
     page_failure: Option<(Duration, String)>,
+    rtt: Option<Duration>,
     next_ask: Option<Duration>,
     ask_wait: Duration,
     dirty_log: bool,
@@ -175,6 +176,7 @@ impl Source {
             failure: None,
             deadline: None,
             page_failure: None,
+            rtt: None,
             next_ask: None,
             ask_wait: options.timeouts.ask_min,
             dirty_log: false,
@@ -193,9 +195,8 @@ impl Source {
         let failed = match event {
             Event::RoundTrip(rtt) => {
                 // The shortest is the truest: the others waited for a thread, or behind pages.
-                let rtt = self.account.rtt.map_or(rtt, |shortest| shortest.min(rtt));
-                self.precopy.costs.rtt = rtt;
-                self.account.rtt = Some(rtt);
+                let shortest = *self.rtt.insert(self.rtt.map_or(rtt, |shortest| shortest.min(rtt)));
+                self.precopy.costs.rtt = shortest;
                 Ok(())
             }
             Event::Cancel => Err(MigrateError::Cancelled),
