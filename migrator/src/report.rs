@@ -146,8 +146,8 @@ pub struct Report {
     pub total_ms: f64,
     /// From just before the pause request to the destination's first `KVM_RUN`; none if the guest did not run before,
     /// or does not run there. With two hosts' clocks unrelated, it is the source's time from the pause request to the
-    /// arrival of RUNNING, less the destination's time from the first `KVM_RUN` to sending RUNNING, less half a round
-    /// trip.
+    /// arrival of RUNNING, less the destination's time from the first `KVM_RUN` to sending RUNNING, less half of what
+    /// COMMIT and RUNNING were on their ways (the time between them at the source less that at the destination).
     pub blackout_ms: Option<f64>,
     /// Its parts, each measured where it happened. `docs/migration-protocol.md` defines them.
     pub blackout: BTreeMap<String, f64>,

@@ -112,7 +112,7 @@ pub trait GuestPages: Send + Sync {
         for run in wanted.runs(chunk * CHUNK_PAGES) {
             for page in run.first..run.first + run.pages {
                 self.read(PageRun { first: page, pages: 1 }, &mut page_bytes)?;
-                if page_bytes.iter().all(|byte| *byte == 0) {
+                if page_bytes == [0; PAGE_SIZE] {
                     zero.set(page - chunk * CHUNK_PAGES);
                 }
             }
@@ -263,10 +263,13 @@ pub trait Announcer: Send + Sync {
     /// Sends an Ethernet frame (without checksum) out of the interface with this number in [`Announcer::addresses`].
     fn inject_frame(&self, nic: usize, frame: &[u8]) -> io::Result<()>;
 
-    /// Asks the guest itself to announce (virtio-net `VIRTIO_NET_S_ANNOUNCE`). False if it cannot.
-    fn guest_announce(&self) -> bool {
+    /// Whether the guest can be asked to announce itself (virtio-net `VIRTIO_NET_F_GUEST_ANNOUNCE`).
+    fn guest_can_announce(&self) -> bool {
         false
     }
+
+    /// Asks it, once, as soon as it runs. Called only if it can be asked.
+    fn guest_announce(&self) {}
 }
 
 /// Whether a record must survive the loss of power before the next step.

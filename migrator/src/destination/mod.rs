@@ -1,6 +1,6 @@
 //! The destination's machine: events and the time go in, actions come out. No socket, no thread, no clock.
 //!
-//! The order of a migration can be read in one function, [`Destination::step`]. What may happen at any time is in
+//! The order of a migration can be read in one function, `Destination::step`. What may happen at any time is in
 //! [`Destination::handle`]. Who owns the VM is decided by [`DestinationHandoff`] alone.
 
 use std::io;
@@ -189,6 +189,10 @@ impl Destination {
                 self.hand(DestinationEvent::Begin);
                 self.enter(S::Opening, None);
             }
+            (S::Opening, Event::Journaled(Step::Receiving, Err(error))) => {
+                let reason = format!("its handoff journal could not be written: {error}");
+                self.refuse(Refusal { reason, mismatches: Vec::new() });
+            }
             (S::Opening, Event::Journaled(Step::Receiving, Ok(()))) => {
                 self.ready.journal = self.lap();
                 self.hand(DestinationEvent::Journaled(Step::Receiving, true));
@@ -203,13 +207,12 @@ impl Destination {
                 self.ready_if_connected();
             }
             (S::Building, Event::Built(Err(refusal))) => {
-                self.refusal = Some(refusal);
-                self.enter(S::Refusing, Some((self.timeouts.connect * 2, "waiting for the source's connections")));
-                if self.connected {
-                    self.refuse();
-                }
+                self.refuse(refusal);
             }
-            (S::Refusing, Event::Connected) => self.refuse(),
+            (S::Refusing, Event::Connected) => {
+                self.connected = true;
+                self.say_refusal();
+            }
             (S::Connecting, Event::Connected) => {
                 self.connected = true;
                 self.ready_if_connected();
@@ -285,9 +288,19 @@ impl Destination {
         }
     }
 
-    fn refuse(&mut self) {
-        let refusal = self.refusal.clone().unwrap_or_default();
-        self.fail(MigrateError::Refused(refusal));
+    /// Gives up, but not before there is a connection on which to say why.
+    fn refuse(&mut self, refusal: Refusal) {
+        self.refusal = Some(refusal);
+        self.enter(State::Refusing, Some((self.timeouts.connect * 2, "waiting for the source's connections")));
+        self.say_refusal();
+    }
+
+    fn say_refusal(&mut self) {
+        if self.connected
+            && let Some(refusal) = self.refusal.take()
+        {
+            self.fail(MigrateError::Refused(refusal));
+        }
     }
 
     fn marker(&mut self, stream: u16, marker: Marker) -> Result<(), MigrateError> {

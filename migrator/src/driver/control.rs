@@ -12,6 +12,9 @@ use crate::traits::{Closer, Connection, ConnectionReader, ConnectionWriter};
 use crate::transport::is_timeout;
 use crate::wire::{Header, Message, decode, encode, frame};
 
+/// The wait between the first two PINGs. It grows to the keepalive's.
+const FIRST_WAIT: Duration = Duration::from_millis(2);
+
 /// What happens on a control connection. `Lost` is the last thing.
 #[derive(Debug)]
 pub(super) enum ControlEvent {
@@ -75,6 +78,12 @@ impl Control {
         while !(self.writer.is_finished() && self.reader.is_finished()) && Instant::now() < until {
             thread::sleep(Duration::from_millis(1));
         }
+    }
+}
+
+impl Drop for Control {
+    /// Its threads would keep the connection alive, and the peer waiting.
+    fn drop(&mut self) {
         self.closer.close();
     }
 }
@@ -86,16 +95,18 @@ fn write_loop(
     began: Instant,
 ) -> io::Result<()> {
     let ping = || encode(&Message::Ping(began.elapsed().as_micros() as u64));
-    // The first one measures the round trip before anything else is under way.
+    // The first ones measure the round trip: more than one, since any may wait for a thread.
     writer.write_all(&ping())?;
-    let mut next_ping = Instant::now() + keepalive;
+    let mut wait = FIRST_WAIT.min(keepalive);
+    let mut next_ping = Instant::now() + wait;
     loop {
         match queue.recv_timeout(next_ping.saturating_duration_since(Instant::now())) {
             Ok(Outgoing::Bytes(bytes)) => writer.write_all(&bytes)?,
             Ok(Outgoing::End) | Err(RecvTimeoutError::Disconnected) => return writer.finish(),
             Err(RecvTimeoutError::Timeout) => {
                 writer.write_all(&ping())?;
-                next_ping = Instant::now() + keepalive;
+                wait = (wait * 4).min(keepalive);
+                next_ping = Instant::now() + wait;
             }
         }
     }

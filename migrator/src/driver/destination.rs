@@ -168,7 +168,7 @@ impl Driver<'_> {
     /// Takes connections as they come, also while the VM is being built: the source wants an answer to its PINGs.
     fn listen(&self, connections: mpsc::Receiver<Arrived>) {
         let (inputs, stop, timeouts) = (self.inputs.clone(), self.stop.clone(), self.options.timeouts);
-        thread::spawn(move || {
+        let spawned = thread::Builder::new().name("migrate-listen".into()).spawn(move || {
             let mut control_came = false;
             while !stop.load(Ordering::Relaxed) {
                 let Arrived { role, stream, connection } = match connections.recv_timeout(BEAT) {
@@ -201,6 +201,9 @@ impl Driver<'_> {
                 }
             }
         });
+        if let Err(error) = spawned {
+            let _ = self.inputs.send(Input::Event(Event::Lost(error.to_string())));
+        }
     }
 
     fn run(&mut self, queue: &mpsc::Receiver<Input>) {
@@ -298,10 +301,15 @@ impl Driver<'_> {
         let verify = if ram_hash.is_some() { began.elapsed() } else { Duration::ZERO };
         let began = Instant::now();
         self.vm.load_state(sections).map_err(vm_error("load its state"))?;
-        let announcer = self.vm.announcer();
-        let plan = announce::plan(&announcer.addresses(), &self.options.announce);
-        let announce = plan.report.clone();
-        self.announcement = Some((plan, announcer));
+        let mut announce = AnnounceReport::default();
+        // A guest that stays paused does not answer: whoever resumes it announces it.
+        if !self.offer.vm.paused {
+            let announcer = self.vm.announcer();
+            let mut plan = announce::plan(&announcer.addresses(), &self.options.announce);
+            plan.report.guest = announcer.guest_can_announce();
+            announce = plan.report.clone();
+            self.announcement = Some((plan, announcer));
+        }
         Ok(Loaded { load: began.elapsed(), verify, announce })
     }
 
@@ -335,16 +343,14 @@ impl Driver<'_> {
     /// Announces on a thread of its own, the first time at once.
     fn announce(&mut self) {
         let Some((plan, announcer)) = self.announcement.take() else { return };
-        if self.offer.vm.paused {
-            // The guest does not answer yet: whoever resumes it announces it.
-            return;
-        }
         let Schedule(times) = self.options.announce.clone();
         let began = Instant::now();
         self.announcing = thread::Builder::new()
             .name("announce".into())
             .spawn(move || {
-                announcer.guest_announce();
+                if plan.report.guest {
+                    announcer.guest_announce();
+                }
                 for at in times {
                     thread::sleep(at.saturating_sub(began.elapsed()));
                     announce::burst(&plan, &announcer);
@@ -376,7 +382,8 @@ impl Driver<'_> {
         if let Some(control) = self.control.take() {
             if runs {
                 // RUNNING is on its way; this process goes on, so nobody has to wait for it to be read.
-                thread::spawn(move || control.finish(LAST_WORDS));
+                // Should that thread fail to start, the source asks.
+                let _ = thread::Builder::new().name("last-words".into()).spawn(move || control.finish(LAST_WORDS));
             } else {
                 control.finish(LAST_WORDS);
             }

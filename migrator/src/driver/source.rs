@@ -169,16 +169,19 @@ impl Driver<'_> {
                     },
                 );
                 let limit = self.options.timeouts.request;
-                self.spawn(move || Input::Event(Event::Offered(request::offer(&*dial, &offer, limit))));
+                self.spawn(
+                    |answer| Input::Event(Event::Offered(answer)),
+                    move || request::offer(&*dial, &offer, limit),
+                );
             }
             Action::Connect => {
                 let (dial, id, streams) = (self.dial.clone(), self.id, self.options.streams);
-                self.spawn(move || Input::Connected(connect(&*dial, id, streams)));
+                self.spawn(Input::Connected, move || connect(&*dial, id, streams));
             }
             Action::Ask => {
                 let (dial, id, limit) = (self.dial.clone(), self.id, self.options.timeouts.request);
                 self.handle.publish(self.machine.report());
-                self.spawn(move || Input::Event(Event::Asked(request::ask(&*dial, id, limit))));
+                self.spawn(|answer| Input::Event(Event::Asked(answer)), move || request::ask(&*dial, id, limit));
             }
             Action::StartDirtyLog => return Some(Event::DirtyLogStarted(self.vm.start_dirty_log())),
             Action::CollectDirty => {
@@ -262,11 +265,18 @@ impl Driver<'_> {
     }
 
     /// Runs what may block in a thread of its own. If nobody waits for the result any more, it is dropped.
-    fn spawn(&self, work: impl FnOnce() -> Input + Send + 'static) {
+    fn spawn<T: 'static>(
+        &self,
+        input: fn(Result<T, ConnectError>) -> Input,
+        work: impl FnOnce() -> Result<T, ConnectError> + Send + 'static,
+    ) {
         let inputs = self.inputs.clone();
-        thread::spawn(move || {
-            let _ = inputs.send(work());
+        let spawned = thread::Builder::new().name("migrate-dial".into()).spawn(move || {
+            let _ = inputs.send(input(work()));
         });
+        if let Err(source) = spawned {
+            let _ = self.inputs.send(input(Err(ConnectError::Broken { peer: self.dial.peer(), source })));
+        }
     }
 
     /// Shows watchers where we are.

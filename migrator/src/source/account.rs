@@ -15,7 +15,6 @@ pub(super) struct Account {
     /// The time of the event in hand.
     pub now: Duration,
     pub began: Duration,
-    pub rtt: Duration,
     /// When the pause was asked for; none if the guest was not running.
     pub pause_began: Option<Duration>,
     /// When the part of the blackout in hand began.
@@ -42,7 +41,6 @@ impl Account {
         Self {
             now: Duration::ZERO,
             began: Duration::ZERO,
-            rtt: Duration::ZERO,
             pause_began: None,
             mark: Duration::ZERO,
             predicted: None,
@@ -134,8 +132,10 @@ impl Account {
         let us = Duration::from_micros;
         let (journal, start, ran) = (us(running.journal_us), us(running.start_us), running.running_us.map(us));
         let there = journal.saturating_add(start).saturating_add(ran.unwrap_or_default());
-        let back = self.rtt / 2;
-        self.part("commit", self.now.saturating_sub(self.mark).saturating_sub(there).saturating_sub(back));
+        // What remains of the time since COMMIT was sent is its way there and the answer's way back.
+        let ways = self.now.saturating_sub(self.mark).saturating_sub(there);
+        let back = ways / 2;
+        self.part("commit", ways - back);
         self.part("commit-journal", journal);
         self.part("start", start);
         self.blackout_time = self

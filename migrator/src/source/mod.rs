@@ -1,6 +1,6 @@
 //! The source's machine: events and the time go in, actions come out. No socket, no thread, no clock.
 //!
-//! The order of a migration can be read in one function, [`Source::step`]. What may happen at any time (the user cancels,
+//! The order of a migration can be read in one function, `Source::step`. What may happen at any time (the user cancels,
 //! the connection dies, the guest powers off, a limit passes) is in [`Source::handle`]. Who owns the VM is decided by
 //! [`SourceHandoff`] alone.
 
@@ -151,6 +151,7 @@ pub struct Source {
     /// When the state in hand has lasted too long, and what it is called then.
     deadline: Option<(Duration, Duration, &'static str)>,
     page_failure: Option<(Duration, String)>,
+    rtt: Option<Duration>,
     next_ask: Option<Duration>,
     ask_wait: Duration,
     dirty_log: bool,
@@ -175,6 +176,7 @@ impl Source {
             failure: None,
             deadline: None,
             page_failure: None,
+            rtt: None,
             next_ask: None,
             ask_wait: options.timeouts.ask_min,
             dirty_log: false,
@@ -192,8 +194,9 @@ impl Source {
         self.account.now = now;
         let failed = match event {
             Event::RoundTrip(rtt) => {
-                self.precopy.costs.rtt = rtt;
-                self.account.rtt = rtt;
+                // The shortest is the truest: the others waited for a thread, or behind pages.
+                let shortest = *self.rtt.insert(self.rtt.map_or(rtt, |shortest| shortest.min(rtt)));
+                self.precopy.costs.rtt = shortest;
                 Ok(())
             }
             Event::Cancel => Err(MigrateError::Cancelled),
@@ -334,6 +337,10 @@ impl Source {
             }
             (S::Saving | S::Finishing | S::Deciding | S::Committed | S::Settled, Event::RoundSent(sent)) => {
                 self.sent = Some(sent);
+                if self.deadline.is_none() && self.handoff.can_abort() {
+                    let limit = limits.prepare;
+                    self.deadline = Some((self.account.now + limit, limit, "loading at the destination"));
+                }
                 self.close_round()?;
             }
             (S::Finishing, Event::Message(Message::Prepared(prepared))) => {
@@ -368,8 +375,8 @@ impl Source {
         self.account.mark = self.account.now;
         self.act(Action::Pause);
         let limit = self.options.timeouts.switchover.max(self.options.max_downtime * 10);
-        // Without pre-copy all memory is sent in the blackout: that is what was asked for.
-        let limited = self.options.mode == Mode::PreCopy;
+        // Without pre-copy all memory is sent in the blackout, and with `verify` all of it is hashed: that was asked for.
+        let limited = self.options.mode == Mode::PreCopy && !self.options.verify;
         self.enter(State::Pausing, limited.then_some((limit, "the switchover")));
     }
 
@@ -378,10 +385,7 @@ impl Source {
         self.account.mark = self.account.now;
         self.round(true, true, self.total_pages);
         self.act(Action::Save);
-        self.state = State::Saving;
-        if self.paused_before {
-            self.deadline = None;
-        }
+        self.enter(State::Saving, None);
     }
 
     fn round(&mut self, all: bool, last: bool, pages: u64) {

@@ -1,5 +1,5 @@
 //! A VM without a hypervisor: memory with a dirty log that behaves like KVM's, and a guest that writes to it.
-#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(dead_code, clippy::unwrap_used, reason = "each test binary uses its part, and a test may panic")]
 
 use std::io;
 use std::net::Ipv4Addr;
