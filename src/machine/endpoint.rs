@@ -313,8 +313,13 @@ impl Announcer for Machine {
         self.with_vm(|vm| vm.inject(nic, frame)).map_err(io::Error::other)?
     }
 
-    fn guest_announce(&self) -> bool {
-        self.with_vm(|vm| vm.guest_announce()).unwrap_or(false)
+    fn guest_can_announce(&self) -> bool {
+        self.with_vm(|vm| vm.guest_can_announce()).unwrap_or(false)
+    }
+
+    fn guest_announce(&self) {
+        // A VM that has ended meanwhile has nothing to announce.
+        let _ = self.with_vm(|vm| vm.guest_announce());
     }
 }
 

@@ -108,9 +108,16 @@ impl Vm {
         locked(self.nets.get(nic).ok_or_else(no_such)?).inject(frame)
     }
 
-    /// Asks the guest to announce its addresses on every interface; whether any of them can.
-    pub fn guest_announce(&self) -> bool {
-        self.nets.iter().fold(false, |any, net| locked(net).guest_announce() | any)
+    /// Whether the guest can announce its addresses itself, on any interface.
+    pub fn guest_can_announce(&self) -> bool {
+        self.nets.iter().any(|net| locked(net).guest_can_announce())
+    }
+
+    /// Asks it to, on every interface where it can.
+    pub fn guest_announce(&self) {
+        self.nets.iter().for_each(|net| {
+            locked(net).guest_announce();
+        });
     }
 
     /// Lets the guest run.

@@ -126,10 +126,15 @@ impl Net {
 }
 
 impl DeviceCell<Net> {
+    /// Whether the guest's driver knows how to announce itself, and is running.
+    pub fn guest_can_announce(&self) -> bool {
+        self.negotiated().is_some_and(|features| has(features, VIRTIO_NET_F_GUEST_ANNOUNCE))
+    }
+
     /// Asks the guest to announce itself on its network (virtio 1.2, 5.1.6.5.4). False when it cannot be asked: its driver does
     /// not know how, or is not running.
     pub fn guest_announce(&mut self) -> bool {
-        if !self.negotiated().is_some_and(|features| has(features, VIRTIO_NET_F_GUEST_ANNOUNCE)) {
+        if !self.guest_can_announce() {
             return false;
         }
         self.announce = true;
