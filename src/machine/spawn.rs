@@ -18,9 +18,9 @@ static SPAWNING: Mutex<()> = Mutex::new(());
 /// Starts the process of a VM and waits until it says that it is ready. It lives on by itself, in a session of its own, its
 /// messages in the VM's log. `inherited` goes to the process; `start` makes what the process is told, from its number.
 pub fn vm_process(start: impl FnOnce(Option<RawFd>) -> Start, inherited: Option<UnixStream>) -> Result<()> {
-    let program = std::env::current_exe().context("this program's own file cannot be found")?;
-    let mut command = Command::new(program);
-    command.arg("vm-process").stdin(Stdio::piped()).stdout(Stdio::piped());
+    // The very program that runs now, also when its file has been replaced by another version since.
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("microvm").arg("vm-process").stdin(Stdio::piped()).stdout(Stdio::piped());
     new_session(&mut command);
     let start = start(inherited.as_ref().map(AsRawFd::as_raw_fd));
     let mut child = {
