@@ -27,6 +27,8 @@ pub fn run(runtime: &Runtime, json: bool) -> Result<u8> {
         lines.push(if dir.is_held()? {
             match client::inspect(runtime, &name) {
                 Ok(view) => Line::Alive(Box::new(view)),
+                // It has just ended, or moved away: no line is truer than a line about a socket.
+                Err(_) if !dir.is_held()? => continue,
                 Err(error) => Line::Left { name, state: "silent", exit: None, error: Some(format!("{error:#}")) },
             }
         } else {
