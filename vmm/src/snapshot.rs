@@ -4,8 +4,8 @@
 //! field does not build until both handle it. Restoring takes a set of sections that fits the machine exactly: a missing, doubled
 //! or unknown section is an error, before anything is changed.
 //!
-//! Order of restoring: interrupt controllers and PIT first (devices raise lines into them), then vCPUs, then devices, the
-//! kvm-clock last, so that as little time as possible passes between its computation and the first KVM_RUN.
+//! Order of restoring: interrupt controllers and PIT first (devices raise lines into them), then the kvm-clock, then vCPUs, whose
+//! TSCs are tied to that clock, then devices.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::devices::power::{PowerState, PowerStateError};
 use crate::devices::serial::{SerialState, SerialStateError};
 use crate::devices::virtio::{MmioTransportState, RestoreError};
-use crate::vcpu::state::{self as vcpu_state, VcpuState, VcpuStateError};
+use crate::vcpu::state::{self as vcpu_state, Passed, VcpuState, VcpuStateError};
 use crate::vm::{GuestCpu, RunState, Vm, locked};
 
 /// One piece of saved state.
@@ -230,7 +230,7 @@ impl Vm {
         };
         let mut sections = vec![section(kind::MACHINE, 0, &machine)];
         for (vcpu, cpuid) in self.vcpus.iter().zip(&self.cpu.cpuid) {
-            let state = vcpu_state::save(vcpu.id(), &vcpu.fd(), cpuid, &self.msr_indices)?;
+            let state = vcpu_state::save(vcpu.id(), &vcpu.fd(), cpuid, &machine.clock, &self.msr_indices)?;
             sections.push(section(kind::VCPU, vcpu.id().into(), &state));
         }
         sections.push(section(kind::SERIAL, 0, &locked(&self.serial).save()));
@@ -265,8 +265,12 @@ impl Vm {
             self.fd.set_irqchip(&chip).map_err(kvm("KVM_SET_IRQCHIP"))?;
         }
         self.fd.set_pit2(&pit).map_err(kvm("KVM_SET_PIT2"))?;
+        // Without KVM_CLOCK_REALTIME KVM takes the value as it is: what passed between the hosts is in `elapsed`.
+        let set = kvm_clock_data { clock: clock.clock.saturating_add(elapsed_ns), ..Default::default() };
+        self.fd.set_clock(&set).map_err(kvm("KVM_SET_CLOCK"))?;
+        let passed = Passed { then: clock, now: self.fd.get_clock().map_err(kvm("KVM_GET_CLOCK"))? };
         for (vcpu, state) in self.vcpus.iter().zip(&vcpus) {
-            vcpu_state::restore(vcpu.id(), &vcpu.fd(), state, elapsed_ns)?;
+            vcpu_state::restore(vcpu.id(), &vcpu.fd(), state, &passed)?;
         }
         let tsc_khz = vcpus.first().map_or(self.cpu.tsc_khz, |first| first.tsc_khz);
         self.cpu = GuestCpu { cpuid: vcpus.into_iter().map(|vcpu| vcpu.cpuid).collect(), tsc_khz };
@@ -275,8 +279,6 @@ impl Vm {
         for ((slot, transport), state) in (0u16..).zip(&self.virtio).zip(&virtio) {
             locked(transport).restore(state).map_err(|source| SnapshotError::Virtio { slot, source })?;
         }
-        // Without KVM_CLOCK_REALTIME KVM takes the value as it is: what passed between the hosts is in `elapsed`.
-        let clock = kvm_clock_data { clock: clock.clock.saturating_add(elapsed_ns), ..Default::default() };
-        self.fd.set_clock(&clock).map_err(kvm("KVM_SET_CLOCK"))
+        Ok(())
     }
 }

@@ -19,6 +19,7 @@ use crate::devices::power::GuestEvents;
 
 mod run_loop;
 pub mod state;
+mod tsc;
 
 /// A vCPU could not be made or steered.
 #[derive(Debug, thiserror::Error)]

@@ -3,15 +3,16 @@
 //! Saving: `mp_state` first (KVM_GET_MP_STATE delivers pending INIT/SIPI events, which change the rest), events last but MSRs.
 //! Restoring: CPUID before all (it decides what the rest may hold); SREGS before the local APIC (they hold the APIC base); the
 //! local APIC before MSRs, or a TSC-deadline timer is set on an APIC that is not in that mode and dies without a word; the TSC
-//! before its deadline; events and `mp_state` last.
+//! before its deadline, and after the kvm-clock that it is tied to; events and `mp_state` last.
 
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_MAX_CPUID_ENTRIES, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
+use super::tsc;
 use crate::arch::msr::{self, IA32_TSC, IA32_TSC_DEADLINE, MsrError};
 
 /// All of a vCPU.
@@ -19,6 +20,8 @@ use crate::arch::msr::{self, IA32_TSC, IA32_TSC_DEADLINE, MsrError};
 pub struct VcpuState {
     pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
     pub(crate) tsc_khz: u32,
+    /// The TSC at the instant of the machine's saved clock, where KVM can tell; else IA32_TSC among `msrs` has to do.
+    pub(crate) tsc: Option<u64>,
     pub(crate) mp_state: kvm_mp_state,
     pub(crate) regs: kvm_regs,
     pub(crate) sregs: kvm_sregs,
@@ -67,12 +70,19 @@ pub enum VcpuStateError {
 const MAX_MSRS: usize = 512;
 
 /// Reads the state of the parked vCPU `id`. `cpuid` is what it was told: KVM_GET_CPUID2 is not asked, because a software KVM
-/// answers with what the processor has. `msr_indices` are those that this host saves.
-pub fn save(id: u8, fd: &VcpuFd, cpuid: &[kvm_cpuid_entry2], msr_indices: &[u32]) -> Result<VcpuState, VcpuStateError> {
+/// answers with what the processor has. `clock` is the machine's, just saved. `msr_indices` are those that this host saves.
+pub fn save(
+    id: u8,
+    fd: &VcpuFd,
+    cpuid: &[kvm_cpuid_entry2],
+    clock: &kvm_clock_data,
+    msr_indices: &[u32],
+) -> Result<VcpuState, VcpuStateError> {
     let ioctl = |ioctl| move |source| VcpuStateError::Ioctl { id, ioctl, source };
     let mp_state = fd.get_mp_state().map_err(ioctl("KVM_GET_MP_STATE"))?;
     Ok(VcpuState {
         mp_state,
+        tsc: tsc::at(fd, clock),
         cpuid: cpuid.to_vec(),
         tsc_khz: fd.get_tsc_khz().map_err(ioctl("KVM_GET_TSC_KHZ"))?,
         regs: fd.get_regs().map_err(ioctl("KVM_GET_REGS"))?,
@@ -86,9 +96,17 @@ pub fn save(id: u8, fd: &VcpuFd, cpuid: &[kvm_cpuid_entry2], msr_indices: &[u32]
     })
 }
 
-/// Sets the state of the parked, fresh vCPU `id`. Its TSC has gone on for `elapsed_ns` since it was saved.
-pub fn restore(id: u8, fd: &VcpuFd, state: &VcpuState, elapsed_ns: u64) -> Result<(), VcpuStateError> {
-    let VcpuState { cpuid, tsc_khz, mp_state, regs, sregs, xsave, xcrs, debug_regs, lapic, msrs, events } = state;
+/// How the guest's time has gone on between saving and restoring.
+pub struct Passed {
+    /// The kvm-clock as it was saved.
+    pub then: kvm_clock_data,
+    /// The kvm-clock here, set and read again.
+    pub now: kvm_clock_data,
+}
+
+/// Sets the state of the parked, fresh vCPU `id`. Its TSC goes on by what has `passed` for the kvm-clock, which is set already.
+pub fn restore(id: u8, fd: &VcpuFd, state: &VcpuState, passed: &Passed) -> Result<(), VcpuStateError> {
+    let VcpuState { cpuid, tsc_khz, tsc, mp_state, regs, sregs, xsave, xcrs, debug_regs, lapic, msrs, events } = state;
     let ioctl = |ioctl| move |source| VcpuStateError::Ioctl { id, ioctl, source };
     if msrs.len() > MAX_MSRS {
         return Err(VcpuStateError::Invalid { id, what: format!("{} MSRs", msrs.len()) });
@@ -108,10 +126,18 @@ pub fn restore(id: u8, fd: &VcpuFd, state: &VcpuState, elapsed_ns: u64) -> Resul
     fd.set_sregs(sregs).map_err(ioctl("KVM_SET_SREGS"))?;
     fd.set_debug_regs(debug_regs).map_err(ioctl("KVM_SET_DEBUGREGS"))?;
     fd.set_lapic(lapic).map_err(ioctl("KVM_SET_LAPIC"))?;
-    let elapsed_ticks = (u128::from(elapsed_ns) * u128::from(*tsc_khz) / 1_000_000) as u64;
     let mut msrs = msrs.clone();
-    for tsc in msrs.iter_mut().filter(|m| m.index == IA32_TSC) {
-        tsc.data = tsc.data.wrapping_add(elapsed_ticks);
+    let exact = match tsc {
+        Some(tsc) => {
+            tsc::set(fd, *tsc, passed.then.clock, &passed.now, *tsc_khz).map_err(ioctl("KVM_VCPU_TSC_OFFSET"))?
+        }
+        None => false,
+    };
+    if exact {
+        msrs.retain(|m| m.index != IA32_TSC);
+    } else {
+        let passed = tsc::ticks(passed.now.clock.saturating_sub(passed.then.clock), *tsc_khz);
+        msrs.iter_mut().filter(|m| m.index == IA32_TSC).for_each(|m| m.data = m.data.wrapping_add(passed));
     }
     // The TSC first, its deadline last; the others keep their order.
     msrs.sort_by_key(|m| match m.index {
