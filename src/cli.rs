@@ -255,7 +255,7 @@ pub struct RmArgs {
 
 /// `resolve`.
 #[derive(Debug, Args)]
-#[group(required = true, multiple = false, id = "resolution", args = ["keep", "discard"])]
+#[command(group(clap::ArgGroup::new("resolution").required(true).args(["keep", "discard"])))]
 pub struct ResolveArgs {
     /// The VM
     pub name: String,

@@ -185,18 +185,13 @@ impl VmDir {
             }
             Err(e) => return Err(e).with_context(|| format!("cannot make the folder {}", self.path.display())),
         }
-        match self.lock() {
-            Ok(Some(lock)) => Ok(lock),
-            Ok(None) => bail!("the name {} has just been taken by another VM", self.name),
-            Err(e) => {
-                let _ = fs::remove_dir_all(&self.path);
-                Err(e)
-            }
-        }
+        self.lock().inspect_err(|_| {
+            let _ = fs::remove_dir_all(&self.path);
+        })
     }
 
-    /// Takes the lock; `None` if a living process has it.
-    pub fn lock(&self) -> Result<Option<VmLock>> {
+    /// Takes the lock of a folder that was just made here: at most somebody who looks ([`Self::is_held`]) has it, for a moment.
+    fn lock(&self) -> Result<VmLock> {
         let path = self.file("lock");
         let file = File::options()
             .create(true)
@@ -204,16 +199,23 @@ impl VmDir {
             .write(true)
             .open(&path)
             .with_context(|| format!("cannot open {}", path.display()))?;
-        match file.try_lock() {
-            Ok(()) => Ok(Some(VmLock(file))),
-            Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(e)) => Err(e).with_context(|| format!("cannot lock {}", path.display())),
-        }
+        file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
+        Ok(VmLock(file))
     }
 
-    /// Whether a living process owns the VM.
+    /// Whether a living process owns the VM. Looking leaves nothing behind: the folder may be being removed right now.
     pub fn is_held(&self) -> Result<bool> {
-        Ok(self.exists() && self.lock()?.is_none())
+        let path = self.file("lock");
+        let file = match File::options().write(true).open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(e) => return Err(e).with_context(|| format!("cannot open {}", path.display())),
+        };
+        match file.try_lock_shared() {
+            Ok(()) => Ok(false),
+            Err(TryLockError::WouldBlock) => Ok(true),
+            Err(TryLockError::Error(e)) => Err(e).with_context(|| format!("cannot lock {}", path.display())),
+        }
     }
 
     /// Removes the folder.
@@ -234,6 +236,28 @@ mod tests {
         for name in ["", ".", "..", "-x", ".hidden", "a/b", "a b", "ü", &"x".repeat(41)] {
             assert!(check_name(name).is_err(), "{name}");
         }
+    }
+
+    #[test]
+    fn looking_at_a_folder_does_not_keep_it_from_being_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let runtime = Runtime { root: root.path().into() };
+        let vm = runtime.vm("web").unwrap();
+        let over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    let _ = vm.is_held().unwrap();
+                }
+            });
+            for _ in 0..2000 {
+                let lock = vm.claim().unwrap();
+                vm.remove().unwrap();
+                assert!(!vm.exists());
+                drop(lock);
+            }
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
     }
 
     #[test]

@@ -74,6 +74,27 @@ fn ipv6_is_off(interface: &str) -> bool {
 }
 
 #[test]
+fn a_bridge_keeps_its_address_whatever_taps_come_and_go() {
+    in_own_network(|| {
+        ip("link add br0 type bridge");
+        ip("link add up0 address ee:00:00:00:00:01 type veth peer name up1");
+        ip("link set up0 master br0");
+        let address = || std::fs::read_to_string("/sys/class/net/br0/address").unwrap();
+        assert_eq!(address().trim(), "ee:00:00:00:00:01");
+        // A random address is lower than this one more often than not.
+        let taps: Vec<Tap> = (0..8).map(|_| Tap::open(None, Some("br0")).unwrap()).collect();
+        assert_eq!(address().trim(), "ee:00:00:00:00:01");
+        let of = |tap: &Tap| std::fs::read_to_string(format!("/sys/class/net/{}/address", tap.name())).unwrap();
+        let mut all: Vec<String> = taps.iter().map(of).collect();
+        all.sort();
+        all.dedup();
+        assert_eq!(all.len(), taps.len(), "each has an address of its own");
+        drop(taps);
+        assert_eq!(address().trim(), "ee:00:00:00:00:01");
+    });
+}
+
+#[test]
 fn a_tap_without_a_name_gets_one_and_disappears_with_its_descriptor() {
     in_own_network(|| {
         let first = Tap::open(None, None).unwrap();

@@ -163,6 +163,9 @@ impl Tap {
         if ipv6_was_on && let Err(error) = fs::write(ipv6_switch(&self.name), "1") {
             debug!(%error, tap = self.name, "IPv6 cannot be switched off");
         }
+        if !self.is_persistent() {
+            self.rank_last(control).map_err(|error| self.error("setting the address of", error))?;
+        }
         let mut request = request(bridge);
         request.ifr_ifru.ifru_ifindex = index;
         let Err(error) = interface_ioctl(control, SIOCBRADDIF, &mut request) else {
@@ -181,6 +184,18 @@ impl Tap {
             Some(libc::EBUSY) => TapError::PluggedInElsewhere { tap: self.name.clone() },
             _ => self.error("plugging in", error),
         })
+    }
+
+    /// Gives the TAP an address that is above any other port's. A bridge without an address of its own takes its ports' lowest: it
+    /// would change with each machine that comes or goes, and cut the host off from neighbours that know the old one.
+    fn rank_last(&self, control: &OwnedFd) -> io::Result<()> {
+        let mut request = request(&self.name);
+        interface_ioctl(control, libc::SIOCGIFHWADDR, &mut request)?;
+        // SAFETY: SIOCGIFHWADDR has filled in the address; all members of the union are plain integers.
+        let mut address = unsafe { request.ifr_ifru.ifru_hwaddr };
+        address.sa_data[0] = 0xfeu8.cast_signed();
+        request.ifr_ifru.ifru_hwaddr = address;
+        interface_ioctl(control, libc::SIOCSIFHWADDR, &mut request)
     }
 
     /// A TAP that root has prepared and brought up for a user needs no privilege here.
