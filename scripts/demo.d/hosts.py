@@ -95,7 +95,7 @@ class Namespaces(Hosts):
     guest_ip, guest_ip6, prefixes = "10.98.0.100", "fd00:98::100", (24, 64)
     client_interface = "eth0"
     what = "two network namespaces"
-    settle_s, patience_s, ping_ms, max_downtime = 1.2, 15, 2, "50ms"
+    settle_s, patience_s, ping_ms, max_downtime = 2, 15, 2, "50ms"
 
     def __init__(self, note):
         super().__init__()
