@@ -64,12 +64,12 @@ def draw(title, results, ping_ms):
 
 def legend(drawing, y):
     x = 24
-    entries = [(GOOD, "ping answered"), (LOST, "ping lost"), (ROUND, "round while it runs"), (LAST, "last round, paused"),
+    entries = [(GOOD, "ping answered"), (LOST, "ping lost"), (ROUND, "round while it runs"), (LAST, "last round (paused)"),
                *KINDS.values()]
     for colour, text in entries:
         drawing.dots([(x + 4, y - 4)], colour, 4)
         drawing.text(x + 13, y, text, 11, PALE)
-        x += 30 + 6.1 * len(text)
+        x += 34 + 5.7 * len(text)
 
 
 def panel(drawing, result, top, ping_ms):
@@ -162,18 +162,22 @@ def parts_of(drawing, report, top):
     total = sum(ms for _, ms in parts) or 1
     drawing.text(24, top + 12, "blackout", 11, PALE)
     drawing.text(24, top + 27, f"{report['blackout_ms']:.2f} ms", 12, LOST, weight="600")
-    at, label_end, row = float(LEFT), [0.0, 0.0], 0
+    at, x, y = float(LEFT), float(LEFT), top + 31
     for name, ms in parts:
         colour = next((colour for colour, names in PLACES.values() if name in names), PALE)
         width = ms / total * PLOT
         drawing.rect(at, top, max(width - 0.8, 0.8), 16, colour, rx=1.5)
-        text = f"{name} {ms:.2f}"
-        row = 0 if at >= label_end[0] else 1
-        if at >= label_end[row]:
-            drawing.line(at + 0.5, top + 16, at + 0.5, top + 20 + 13 * row, colour, 0.8)
-            drawing.text(at + 3, top + 29 + 13 * row, text, 10, INK)
-            label_end[row] = at + 6 * len(text) + 12
+        if width > 6 * len(name) + 8:
+            drawing.text(at + width / 2, top + 12, name, 10, "#ffffff", "middle")
         at += width
+        # All of them in words, too.
+        text = f"{name} {ms:.2f}"
+        long = 6 * len(text) + 22
+        if x + long > WIDTH:
+            x, y = float(LEFT), y + 14
+        drawing.dots([(x + 3, y - 3)], colour, 3)
+        drawing.text(x + 10, y, text, 10, INK)
+        x += long
     x = WIDTH - RIGHT
     for name, (colour, _) in reversed(PLACES.items()):
         x -= 6.1 * len(name)
