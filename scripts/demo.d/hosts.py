@@ -35,6 +35,8 @@ class Hosts:
 
     def __init__(self):
         self.children = []
+        # For logs and sockets. Short: paths of sockets are.
+        self.directory = tempfile.mkdtemp(prefix="mvdemo-", dir="/tmp")
 
     def start(self, command, **options):
         """A process that ends with the demo."""
@@ -106,8 +108,6 @@ class Namespaces(Hosts):
         return f"{self.prefix}-{name}"
 
     def up(self):
-        # Short: paths of sockets are.
-        self.directory = tempfile.mkdtemp(prefix="mvdemo-", dir="/tmp")
         for name in ("switch", "host1", "host2", "client"):
             self.made.append(self.namespace(name))
             run(["ip", "netns", "add", self.namespace(name)], "making a network namespace")
@@ -179,7 +179,6 @@ class Lab(Hosts):
         os.environ["MICROVM_LAB"] = f"demo-{os.getpid()}"
 
     def up(self):
-        self.directory = tempfile.mkdtemp(prefix="mvdemo-", dir="/tmp")
         self.note("booting two hosts in the emulator")
         run([self.script, "up", "2"], "scripts/lab up", timeout=900)
         self.start_agents()

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from itertools import groupby
 
 from timeline import MIB, MS, phases, silence_ms, spans, tcp_bytes, tcp_stall_ms
 
@@ -83,7 +84,7 @@ def one(result, paint, width, ping_ms):
     if blackout:
         lines.append(f"  blackout  {paint('bad', bar(*blackout, scale, width))}{report['blackout_ms']:8.1f} ms")
     row = answers(result, 0, total, width)
-    signs = "".join(paint("good", sign) if sign == "█" else paint("bad", sign) for sign in row)
+    signs = "".join(paint("good" if good else "bad", "".join(run)) for good, run in groupby(row, lambda sign: sign == "█"))
     lines.append(f"  pings     {signs}{silence_ms(result, ping_ms):8.1f} ms without an answer")
     parts = phases(report)
     if parts:
