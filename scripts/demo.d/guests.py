@@ -48,7 +48,7 @@ class Guest:
     def errors_after(self, before):
         """How many errors it has found since `before`, once it has looked at all of its memory; and what it looked at."""
         deadline = time.monotonic() + self.hosts.patience_s
-        status = None
+        checked = first = None
         while True:
             try:
                 status = self.status()
@@ -56,8 +56,12 @@ class Guest:
                 if time.monotonic() > deadline:
                     raise DemoError(f"the guest does not tell whether its memory is right: {error}") from None
                 continue
-            if self.looked_at_all(before, status):
+            first = first or status
+            if self.looked_at_all(first, status):
                 return self.errors(status) - self.errors(before)
+            if self.checked(status) != checked:
+                checked = self.checked(status)
+                deadline = time.monotonic() + self.hosts.patience_s
             if time.monotonic() > deadline:
                 raise DemoError("the guest runs, but does not get on with checking its memory")
             time.sleep(0.05)
@@ -81,11 +85,11 @@ class Pulse(Guest):
     def errors(self, status):
         return status["errors"]
 
-    def looked_at_all(self, before, status):
-        if not hasattr(self, "_base") or self._base[0] is not before:
-            self._base = (before, status)
+    def checked(self, status):
+        return status["pages_verified"]
+
+    def looked_at_all(self, since, status):
         # The sweep that was under way does not count.
-        since = self._base[1]
         return status["sweeps"] >= since["sweeps"] + 2 and status["pages_written"] > since["pages_written"]
 
 
@@ -123,16 +127,17 @@ class Linux(Guest):
     def errors(self, status):
         return status["worker"]["errors"]
 
-    def looked_at_all(self, before, status):
-        if not hasattr(self, "_base") or self._base[0] is not before:
-            self._base = (before, status["worker"])
-        since, now = self._base[1], status["worker"]
+    def checked(self, status):
+        return [status["worker"][region]["checked"] for region in ("busy", "still")]
+
+    def looked_at_all(self, since, status):
+        since, now = since["worker"], status["worker"]
         return all(now[region]["checked"] >= since[region]["checked"] + since[region]["pages"] for region in ("busy", "still"))
 
 
 def working_set(memory):
-    """A quarter of the memory."""
-    return f"{parse_size(memory) // 4 >> 10}K"
+    """A quarter of the memory; no more than can be checked again in some seconds."""
+    return f"{min(parse_size(memory) // 4, 128 << 20) >> 10}K"
 
 
 def parse_size(text):

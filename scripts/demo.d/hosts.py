@@ -35,6 +35,8 @@ class Hosts:
 
     def __init__(self):
         self.children = []
+        # For logs and sockets. Short: paths of sockets are.
+        self.directory = tempfile.mkdtemp(prefix="mvdemo-", dir="/tmp")
 
     def start(self, command, **options):
         """A process that ends with the demo."""
@@ -95,7 +97,7 @@ class Namespaces(Hosts):
     guest_ip, guest_ip6, prefixes = "10.98.0.100", "fd00:98::100", (24, 64)
     client_interface = "eth0"
     what = "two network namespaces"
-    settle_s, patience_s, ping_ms, max_downtime = 1.2, 15, 2, "50ms"
+    settle_s, patience_s, ping_ms, max_downtime = 2, 15, 2, "50ms"
 
     def __init__(self, note):
         super().__init__()
@@ -106,8 +108,6 @@ class Namespaces(Hosts):
         return f"{self.prefix}-{name}"
 
     def up(self):
-        # Short: paths of sockets are.
-        self.directory = tempfile.mkdtemp(prefix="mvdemo-", dir="/tmp")
         for name in ("switch", "host1", "host2", "client"):
             self.made.append(self.namespace(name))
             run(["ip", "netns", "add", self.namespace(name)], "making a network namespace")
@@ -179,7 +179,6 @@ class Lab(Hosts):
         os.environ["MICROVM_LAB"] = f"demo-{os.getpid()}"
 
     def up(self):
-        self.directory = tempfile.mkdtemp(prefix="mvdemo-", dir="/tmp")
         self.note("booting two hosts in the emulator")
         run([self.script, "up", "2"], "scripts/lab up", timeout=900)
         self.start_agents()

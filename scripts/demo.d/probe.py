@@ -93,13 +93,13 @@ def ping(address, interval_ms):
         select.select([sock], [], [], max(0, due - time.monotonic_ns()) / 1e9)
 
 
-def tcp(address, seed, bytes_a_second=2 << 20, window=64 << 10):
+def tcp(address, seed, bytes_a_second=1 << 20, window=64 << 10):
     """Sends seeded random data at a set pace, with at most `window` bytes on their way, and compares what comes back."""
     out, expected = random.Random(seed), random.Random(seed)
     sock = socket.create_connection((address, ECHO_PORT), timeout=30)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setblocking(False)
-    chunk, waiting, ahead = 4096, b"", b""
+    chunk, waiting, ahead = 8192, b"", b""
     sent = checked = 0
     begun = reported = time.monotonic_ns()
     say({"time": begun, "sent": 0, "checked": 0})

@@ -3,8 +3,9 @@
 import os
 import shutil
 import sys
+from itertools import groupby
 
-from timeline import MIB, MS, phases, spans, tcp_bytes, tcp_stall_ms
+from timeline import MIB, MS, phases, silence_ms, spans, tcp_bytes, tcp_stall_ms
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -64,7 +65,7 @@ def show(title, results, ping_ms, svg):
     for result in results:
         out += ["", *one(result, paint, width, ping_ms)]
     if results:
-        out += ["", *table(results, paint)]
+        out += ["", *table(results, paint, ping_ms)]
         out += ["", f"picture: {svg}"]
     print("\n".join(out), flush=True)
 
@@ -83,15 +84,15 @@ def one(result, paint, width, ping_ms):
     if blackout:
         lines.append(f"  blackout  {paint('bad', bar(*blackout, scale, width))}{report['blackout_ms']:8.1f} ms")
     row = answers(result, 0, total, width)
-    signs = "".join(paint("good", sign) if sign == "█" else paint("bad", sign) for sign in row)
-    lines.append(f"  pings     {signs}{result['probe']['longest_gap_ms']:8.1f} ms without an answer")
+    signs = "".join(paint("good" if good else "bad", "".join(run)) for good, run in groupby(row, lambda sign: sign == "█"))
+    lines.append(f"  pings     {signs}{silence_ms(result, ping_ms):8.1f} ms without an answer")
     parts = phases(report)
     if parts:
         lines.append(paint("dim", "  in the blackout (ms): " + " · ".join(f"{name} {ms:.2f}" for name, ms in parts)))
     return lines
 
 
-def table(results, paint):
+def table(results, paint, ping_ms):
     def verdict(good, text):
         return ("good" if good else "bad", text)
 
@@ -104,8 +105,9 @@ def table(results, paint):
         row("outcome", lambda r: verdict(r["report"]["outcome"] == "completed", r["report"]["outcome"])),
         row("rounds", lambda r: str(len(r["report"]["rounds"]))),
         row("sent", lambda r: f"{r['report']['bytes_sent'] / MIB:.1f} of {r['report']['ram_bytes'] / MIB:.0f} MiB"),
-        row("blackout, reported", lambda r: "none" if r["report"]["blackout_ms"] is None else f"{r['report']['blackout_ms']:.1f} ms"),
-        row("silence, measured", lambda r: f"{r['probe']['longest_gap_ms']:.1f} ms"),
+        row("blackout", lambda r: "none" if r["report"]["blackout_ms"] is None else f"{r['report']['blackout_ms']:.1f} ms"),
+        row("silence then", lambda r: "none seen" if not r["switchover"] else f"{silence_ms(r, ping_ms):.1f} ms"),
+        row("longest silence", lambda r: f"{r['probe']['longest_gap_ms']:.1f} ms"),
         row("pings lost", lambda r: f"{r['probe']['pings_lost']} of {r['probe']['pings_sent']}"),
         row("TCP connection", lambda r: verdict(True, f"alive, {tcp_bytes(r) / MIB:.1f} MiB checked")
             if r["probe"]["tcp_survived"] else verdict(False, r.get("tcp_error") or "stuck")),

@@ -38,6 +38,12 @@ def spans(result):
 
 
 
+def silence_ms(result, ping_ms):
+    """How long no ping was answered at the switchover, less the time between two pings."""
+    begin, end = result["switchover"] or (0, 0)
+    return round(max(0.0, (end - begin) / MS - ping_ms), 3)
+
+
 def tcp_stall_ms(result):
     """The longest time in which nothing came back on the connection."""
     times, last = [], None

@@ -83,14 +83,19 @@ class Watch:
             numbers = [n for n, at in enumerate(self.sent) if begin <= at <= end]
             pings = [(self.sent[n], self.answered.get(n)) for n in numbers]
             arrivals = sorted(at for at in self.answered.values() if begin <= at <= end)
-            announced = [(at, kind) for at, kind in self.announced if begin <= at <= end]
+            announced = sorted((at, kind) for at, kind in self.announced if begin <= at <= end)
             tcp = [sample for sample in self.tcp if begin <= sample[0] <= end]
         # A silence that lasts until the end counts as well.
         edges = [begin, *arrivals, end]
         gap = max(zip(edges, edges[1:]), key=lambda pair: pair[1] - pair[0])
+        # The switchover's silence is the one in which pings were lost: what comes to a host that has paused the guest is gone.
+        lost = [at for at, answer in pings if answer is None]
+        pairs = [(sum(a <= at < b for at in lost), b - a, (a, b)) for a, b in zip(edges, edges[1:])]
+        switchover = max(pairs)[2] if lost else None
         return {
             "pings": pings,
             "gap": gap,
+            "switchover": switchover,
             "announced": announced,
             "tcp": tcp,
             "probe": {
