@@ -2,7 +2,7 @@
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -82,4 +82,18 @@ pub fn inspect(runtime: &Runtime, name: &str) -> Result<VmView> {
         Answer::Vm(view) => Ok(*view),
         other => bail!("unexpected answer: {other:?}"),
     }
+}
+
+/// How long a process may need to let go of its VM's folder.
+const TIDYING: Duration = Duration::from_secs(5);
+
+/// Waits until the process of a VM that has ended here has let go of the VM's folder: what comes next (rm, run, a migration
+/// back) must not find it tidying up.
+pub fn wait_until_let_go(runtime: &Runtime, name: &str) -> Result<()> {
+    let dir = runtime.vm(name)?;
+    let deadline = Instant::now() + TIDYING;
+    while dir.is_held()? && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }

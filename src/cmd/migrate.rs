@@ -60,6 +60,10 @@ pub fn run(runtime: &Runtime, args: &MigrateArgs) -> Result<u8> {
         }
     };
     show.end();
+    if report.owner == Owner::Destination {
+        // The name is free again when this command says that it is done, so that the VM can come back at once.
+        client::wait_until_let_go(runtime, name)?;
+    }
     if args.json {
         println!("{}", serde_json::to_string(&report)?);
     }

@@ -17,9 +17,6 @@ pub fn run(runtime: &Runtime, args: &RmArgs) -> Result<u8> {
                 bail!("{name} runs: microvm stop {name} first, or microvm rm --force {name}");
             }
             super::stop::stop(runtime, name, Duration::ZERO)?;
-            while dir.is_held()? {
-                std::thread::sleep(Duration::from_millis(10));
-            }
         }
         if let Some(decided) = crate::runtime::unsettled(&dir.journal())?
             && !args.force

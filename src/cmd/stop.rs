@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 
 use crate::cli::StopArgs;
-use crate::client::Conversation;
+use crate::client::{self, Conversation};
 use crate::machine::view::{Answer, Request};
 use crate::runtime::Runtime;
 
@@ -24,8 +24,10 @@ pub fn stop(runtime: &Runtime, name: &str, patience: Duration) -> Result<String>
     let request = Request::Stop { patience_ms: patience.as_millis() as u64 };
     let mut conversation = Conversation::ask(runtime, name, &request)?;
     conversation.be_patient(patience + Duration::from_secs(30))?;
-    match conversation.next()? {
-        Answer::Exit(exit) => Ok(exit.sentence(name)),
+    let exit = match conversation.next()? {
+        Answer::Exit(exit) => exit,
         other => bail!("unexpected answer: {other:?}"),
-    }
+    };
+    client::wait_until_let_go(runtime, name)?;
+    Ok(exit.sentence(name))
 }

@@ -6,7 +6,6 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use migrator::bitmap::{Bitmap, ChunkBits};
 use migrator::layout::{CHUNK_PAGES, PageRun, RamLayout, RamRegion};
@@ -43,12 +42,6 @@ pub struct SourceFacts {
 /// One CPUID leaf: function, index, eax, ebx, ecx, edx.
 pub type CpuidLeaf = [u32; 6];
 
-/// The guest's wall clock at the moment of saving: nanoseconds since 1970, as this host's clock had it.
-const SECTION_SAVED_AT: u16 = 0x1000;
-/// Version of the sections of this file.
-const VERSION: u16 = 1;
-/// Clocks of the two hosts that disagree by more than a blackout can last are not compared at all.
-const MAX_ELAPSED: Duration = Duration::from_secs(60);
 /// TSC frequencies this close (parts per million) count as equal: KVM does too (its tsc_tolerance_ppm).
 const TSC_TOLERANCE_PPM: u64 = 250;
 
@@ -210,18 +203,10 @@ impl SourceVm for Source {
 
     fn save_state(&mut self) -> Result<Vec<Section>, VmError> {
         let sections = self.vm(|vm| vm.save())?;
-        let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
-        let mut all: Vec<Section> = sections
+        Ok(sections
             .into_iter()
             .map(|s| Section { kind: s.kind, instance: s.instance, version: s.version, bytes: s.bytes })
-            .collect();
-        all.push(Section {
-            kind: SECTION_SAVED_AT,
-            instance: 0,
-            version: VERSION,
-            bytes: saved_at.to_le_bytes().into(),
-        });
-        Ok(all)
+            .collect())
     }
 
     fn gone(&mut self) -> Option<String> {
@@ -273,13 +258,12 @@ impl DestinationVm for Destination {
         self.memory.clone().expect("the migrator prepares before it asks for memory")
     }
 
-    fn load_state(&mut self, mut sections: Vec<Section>) -> Result<(), VmError> {
-        let elapsed = take_elapsed(&mut sections)?;
+    fn load_state(&mut self, sections: Vec<Section>) -> Result<(), VmError> {
         let sections = sections
             .into_iter()
             .map(|s| vmm::snapshot::Section { kind: s.kind, instance: s.instance, version: s.version, bytes: s.bytes })
             .collect();
-        self.machine.with_vm(|vm| vm.restore(sections, elapsed))?.map_err(Into::into)
+        self.machine.with_vm(|vm| vm.restore(sections))?.map_err(Into::into)
     }
 
     fn start(&mut self, paused: bool) -> Result<Started, StartError> {
@@ -325,31 +309,6 @@ impl Announcer for Machine {
 
 fn refusal(reason: String) -> Refusal {
     Refusal { reason, mismatches: Vec::new() }
-}
-
-/// How long the guest has stood still, by the two hosts' clocks; nothing if they plainly disagree.
-fn take_elapsed(sections: &mut Vec<Section>) -> Result<Duration, VmError> {
-    let at = sections
-        .iter()
-        .position(|s| s.kind == SECTION_SAVED_AT && s.instance == 0)
-        .ok_or("saved state lacks the time at which it was saved")?;
-    let section = sections.remove(at);
-    if section.version != VERSION {
-        return Err(
-            format!("saved state: the time has version {}, this program reads {VERSION}", section.version).into()
-        );
-    }
-    let bytes: [u8; 8] = section.bytes.as_slice().try_into().map_err(|_| "saved state: the time is damaged")?;
-    let saved_at = UNIX_EPOCH + Duration::from_nanos(u64::from_le_bytes(bytes));
-    let elapsed = SystemTime::now().duration_since(saved_at).unwrap_or_default();
-    if elapsed > MAX_ELAPSED {
-        tracing::warn!(
-            ?elapsed,
-            "the clocks of the two hosts disagree: the guest's clock stays as it was at the source"
-        );
-        return Ok(Duration::ZERO);
-    }
-    Ok(elapsed)
 }
 
 /// Everything in which this host falls short of what the guest was promised.

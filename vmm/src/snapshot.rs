@@ -8,10 +8,11 @@
 //! TSCs are tied to that clock, then devices.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip, kvm_pit_state2,
+    KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+    kvm_pit_state2,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -162,6 +163,21 @@ struct MachineState {
     ioapic: kvm_irqchip,
     pit: kvm_pit_state2,
     clock: kvm_clock_data,
+    /// When the clock was read: nanoseconds since 1970, by this host's clock.
+    clock_read_at_ns: u64,
+}
+
+/// Hosts whose clocks differ by more than this plainly disagree about the time: then nothing has passed.
+const MAX_PASSED: Duration = Duration::from_secs(60);
+
+/// How long ago, by this host's clock, another host's (or this one's) clock stood at `then_ns`.
+fn passed_since(then_ns: u64) -> Duration {
+    let passed = SystemTime::now().duration_since(UNIX_EPOCH + Duration::from_nanos(then_ns)).unwrap_or_default();
+    if passed > MAX_PASSED {
+        tracing::warn!(?passed, "the clocks of the two hosts disagree: the guest's clock goes on from where it was");
+        return Duration::ZERO;
+    }
+    passed
 }
 
 fn kvm(ioctl: &'static str) -> impl FnOnce(vmm_sys_util::errno::Error) -> SnapshotError {
@@ -221,12 +237,19 @@ impl Vm {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
             self.fd.get_irqchip(&mut chip).map(|()| chip).map_err(kvm("KVM_GET_IRQCHIP"))
         };
+        let clock = self.fd.get_clock().map_err(kvm("KVM_GET_CLOCK"))?;
+        let clock_read_at_ns = if clock.flags & KVM_CLOCK_REALTIME != 0 {
+            clock.realtime
+        } else {
+            SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
+        };
         let machine = MachineState {
             pic_master: chip(KVM_IRQCHIP_PIC_MASTER)?,
             pic_slave: chip(KVM_IRQCHIP_PIC_SLAVE)?,
             ioapic: chip(KVM_IRQCHIP_IOAPIC)?,
             pit: self.fd.get_pit2().map_err(kvm("KVM_GET_PIT2"))?,
-            clock: self.fd.get_clock().map_err(kvm("KVM_GET_CLOCK"))?,
+            clock,
+            clock_read_at_ns,
         };
         let mut sections = vec![section(kind::MACHINE, 0, &machine)];
         for (vcpu, cpuid) in self.vcpus.iter().zip(&self.cpu.cpuid) {
@@ -241,12 +264,12 @@ impl Vm {
         Ok(sections)
     }
 
-    /// Gives the state to a machine just built. `elapsed` has passed for the guest since it was saved: its clocks go on by it.
-    pub fn restore(&mut self, sections: Vec<Section>, elapsed: Duration) -> Result<(), SnapshotError> {
+    /// Gives the state to a machine just built. The guest's clocks go on by what has passed since it was saved, as far as the clocks
+    /// of the two hosts agree.
+    pub fn restore(&mut self, sections: Vec<Section>) -> Result<(), SnapshotError> {
         if self.state != RunState::Paused {
             return Err(SnapshotError::Running);
         }
-        let elapsed_ns = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
         let mut sections = Sections::new(sections)?;
         let machine: MachineState = sections.take(kind::MACHINE, 0)?;
         let vcpus: Vec<VcpuState> =
@@ -257,7 +280,7 @@ impl Vm {
             (0u16..).zip(&self.virtio).map(|(slot, _)| sections.take(kind::VIRTIO, slot)).collect::<Result<_, _>>()?;
         sections.done()?;
 
-        let MachineState { pic_master, pic_slave, ioapic, pit, clock } = machine;
+        let MachineState { pic_master, pic_slave, ioapic, pit, clock, clock_read_at_ns } = machine;
         for (chip_id, mut chip) in
             [(KVM_IRQCHIP_PIC_MASTER, pic_master), (KVM_IRQCHIP_PIC_SLAVE, pic_slave), (KVM_IRQCHIP_IOAPIC, ioapic)]
         {
@@ -265,8 +288,9 @@ impl Vm {
             self.fd.set_irqchip(&chip).map_err(kvm("KVM_SET_IRQCHIP"))?;
         }
         self.fd.set_pit2(&pit).map_err(kvm("KVM_SET_PIT2"))?;
-        // Without KVM_CLOCK_REALTIME KVM takes the value as it is: what passed between the hosts is in `elapsed`.
-        let set = kvm_clock_data { clock: clock.clock.saturating_add(elapsed_ns), ..Default::default() };
+        // Without KVM_CLOCK_REALTIME KVM takes the value as it is; what has passed is looked up last.
+        let passed_ns = passed_since(clock_read_at_ns).as_nanos() as u64;
+        let set = kvm_clock_data { clock: clock.clock.saturating_add(passed_ns), ..Default::default() };
         self.fd.set_clock(&set).map_err(kvm("KVM_SET_CLOCK"))?;
         let passed = Passed { then: clock, now: self.fd.get_clock().map_err(kvm("KVM_GET_CLOCK"))? };
         for (vcpu, state) in self.vcpus.iter().zip(&vcpus) {
@@ -280,5 +304,21 @@ impl Vm {
             locked(transport).restore(state).map_err(|source| SnapshotError::Virtio { slot, source })?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_that_passed_counts_only_where_the_clocks_can_be_right() {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let ago = |d: Duration| passed_since((now - d).as_nanos() as u64);
+        assert!((Duration::from_secs(5)..Duration::from_secs(20)).contains(&ago(Duration::from_secs(5))));
+        assert_eq!(ago(Duration::from_secs(3600)), Duration::ZERO);
+        assert_eq!(passed_since((now + Duration::from_secs(3600)).as_nanos() as u64), Duration::ZERO);
+        assert_eq!(passed_since(0), Duration::ZERO);
+        assert_eq!(passed_since(u64::MAX), Duration::ZERO);
     }
 }

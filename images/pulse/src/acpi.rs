@@ -26,7 +26,7 @@ pub struct Acpi {
     pub io_apics: [Option<IoApic>; MOST_IO_APICS],
     /// How to switch off.
     pub sleep: Option<Sleep>,
-    /// The power button of the fixed hardware.
+    /// Where the power button is seen.
     pub power_button: Option<PowerButton>,
     /// How to reset.
     pub reset: Option<(Register, u8)>,
@@ -69,15 +69,24 @@ pub enum Sleep {
     },
 }
 
-/// The fixed hardware's power button: bit 8 of two 16-bit ports.
+/// Where the power button is seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PowerButton {
-    /// PM1a status; writing the bit clears it.
-    pub status_port: u16,
-    /// PM1a enable; without its bit the status may stay clear.
-    pub enable_port: u16,
-    /// SMI command port and the value that switches ACPI on, where that is needed.
-    pub acpi_enable: Option<(u16, u8)>,
+pub enum PowerButton {
+    /// Fixed hardware: bit 8 of two 16-bit ports.
+    Fixed {
+        /// PM1a status; writing the bit clears it.
+        status_port: u16,
+        /// PM1a enable; without its bit the status may stay clear.
+        enable_port: u16,
+        /// SMI command port and the value that switches ACPI on, where that is needed.
+        acpi_enable: Option<(u16, u8)>,
+    },
+    /// Reduced hardware: bit 0 of the port that microvm's generic event device reads, which clears it. Its AML is not run; the
+    /// operation region is known by its name.
+    Events {
+        /// The port, 8 bits.
+        port: u16,
+    },
 }
 
 impl Acpi {
@@ -113,11 +122,13 @@ impl Acpi {
         let event_bytes = fadt.get(88).copied().unwrap_or(0);
         // Bit 4 says that the button is not of the fixed hardware.
         if !reduced && flags & (1 << 4) == 0 && event_bytes >= 4 {
-            self.power_button = port_at(fadt, 56).map(|status_port| PowerButton {
+            self.power_button = port_at(fadt, 56).map(|status_port| PowerButton::Fixed {
                 status_port,
                 enable_port: status_port.wrapping_add(u16::from(event_bytes / 2)),
                 acpi_enable: port_at(fadt, 48).zip(fadt.get(52).copied().filter(|&value| value != 0)),
             });
+        } else if reduced {
+            self.power_button = find_event_port(dsdt).map(|port| PowerButton::Events { port });
         }
     }
 
@@ -160,6 +171,13 @@ fn table(memory: &dyn Physical, address: u64) -> Option<&[u8]> {
     let bytes = u32_at(memory.slice(address, 36)?, 4)? as usize;
     let table = memory.slice(address, bytes).filter(|_| (36..=MOST_TABLE_BYTES).contains(&bytes))?;
     (table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)) == 0).then_some(table)
+}
+
+/// The port of the operation region `EREG` in the I/O space: DefOpRegion, name, space, offset as a word (ACPI 6.5, 20.2.5.2).
+fn find_event_port(aml: &[u8]) -> Option<u16> {
+    const REGION: &[u8] = b"\x5b\x80EREG\x01\x0b";
+    let offset = aml.get(find(aml, REGION)? + REGION.len()..)?;
+    Some(u16::from_le_bytes([*offset.first()?, *offset.get(1)?]))
 }
 
 /// The virtio-mmio devices of a DSDT: each `LNRO0005` with the first memory and interrupt descriptor after it.

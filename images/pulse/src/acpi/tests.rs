@@ -94,7 +94,7 @@ fn fixed_hardware_is_found() {
     assert_eq!(acpi.io_apics[0], Some(IoApic { address: 0xfec0_0000, gsi_base: 24 }));
     assert_eq!(acpi.io_apics[1], None);
     assert_eq!(acpi.sleep, Some(Sleep::Pm1a { port: 0x604, value: 0x3400 }));
-    let button = PowerButton { status_port: 0x600, enable_port: 0x602, acpi_enable: Some((0xb2, 2)) };
+    let button = PowerButton::Fixed { status_port: 0x600, enable_port: 0x602, acpi_enable: Some((0xb2, 2)) };
     assert_eq!(acpi.power_button, Some(button));
     assert_eq!(acpi.reset, Some((Register::Port(0xcf9), 6)));
 }
@@ -109,6 +109,16 @@ fn reduced_hardware_is_found() {
     let acpi = Acpi::read(&memory, rsdp);
     assert_eq!(acpi.sleep, Some(Sleep::Control { register: Register::Memory(0xfea0_0000), value: 0x34 }));
     assert_eq!(acpi.power_button, None);
+}
+
+#[test]
+fn the_event_port_is_found_by_its_region() {
+    assert_eq!(find_event_port(b"..\x5b\x80EREG\x01\x0b\x02\x06\x01"), Some(0x602));
+    for other in
+        [&b"\x5b\x80EREG\x01\x0b\x02"[..], b"\x5b\x80EREG\x00\x0b\x02\x06", b"\x5b\x80EREX\x01\x0b\x02\x06", b""]
+    {
+        assert_eq!(find_event_port(other), None);
+    }
 }
 
 #[test]

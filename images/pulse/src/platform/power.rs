@@ -4,6 +4,7 @@ use super::{interrupts, port};
 use pulse_core::acpi::{Acpi, PowerButton, Register, Sleep};
 
 const POWER_BUTTON: u16 = 1 << 8;
+const EVENT_POWER_BUTTON: u8 = 1;
 /// The keyboard controller's reset line, which every VMM for PCs knows.
 const KEYBOARD_RESET: (Register, u8) = (Register::Port(0x64), 0xfe);
 
@@ -17,23 +18,28 @@ pub struct Power {
 impl Power {
     /// Takes the ways out from the tables, and makes the button tell.
     pub fn new(acpi: &Acpi) -> Self {
-        if let Some(button) = acpi.power_button {
-            if let Some((smi_port, value)) = button.acpi_enable {
+        if let Some(PowerButton::Fixed { enable_port, acpi_enable, .. }) = acpi.power_button {
+            if let Some((smi_port, value)) = acpi_enable {
                 port::write_u8(smi_port, value);
             }
-            port::write_u16(button.enable_port, port::read_u16(button.enable_port) | POWER_BUTTON);
+            port::write_u16(enable_port, port::read_u16(enable_port) | POWER_BUTTON);
         }
         Self { button: acpi.power_button, sleep: acpi.sleep, reset: acpi.reset }
     }
 
     /// Whether the button was pressed since the last call. It costs an exit.
     pub fn take_button(&self) -> bool {
-        let Some(button) = self.button else { return false };
-        let pressed = port::read_u16(button.status_port) & POWER_BUTTON != 0;
-        if pressed {
-            port::write_u16(button.status_port, POWER_BUTTON);
+        match self.button {
+            None => false,
+            Some(PowerButton::Events { port }) => port::read_u8(port) & EVENT_POWER_BUTTON != 0,
+            Some(PowerButton::Fixed { status_port, .. }) => {
+                let pressed = port::read_u16(status_port) & POWER_BUTTON != 0;
+                if pressed {
+                    port::write_u16(status_port, POWER_BUTTON);
+                }
+                pressed
+            }
         }
-        pressed
     }
 
     /// Switches off. Where nothing switches off, the reset does, and then the crash: the machine ends in any case.
