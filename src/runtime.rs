@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use migrator::MigrationId;
+use migrator::handoff::Step;
 use migrator::journal::FileJournal;
 
 /// The longest name: socket paths have 108 bytes.
@@ -153,6 +154,26 @@ impl VmDir {
     /// The VM process's own messages.
     pub fn process_log(&self) -> PathBuf {
         self.file("vm.log")
+    }
+
+    /// Which migration brings the VM, until it is this host's.
+    pub fn arriving(&self) -> PathBuf {
+        self.file("arriving")
+    }
+
+    /// Removes the folder if it is what is left of a process that was receiving the VM and died before it could run it: nothing
+    /// in it is of use to anyone, and the VM is where it came from.
+    pub fn remove_if_never_arrived(&self, runtime: &Runtime) -> Result<()> {
+        let Ok(id) = fs::read_to_string(self.arriving()) else { return Ok(()) };
+        if self.is_held()? {
+            return Ok(());
+        }
+        let id = id.parse().with_context(|| format!("{} is damaged", self.arriving().display()))?;
+        let records = FileJournal::read(&runtime.handoff(id)?).context("the migration's journal cannot be read")?;
+        if !records.iter().any(|record| matches!(record.step, Step::Committed | Step::Running)) {
+            self.remove()?;
+        }
+        Ok(())
     }
 
     /// The source's handoff journal.

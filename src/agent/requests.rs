@@ -51,6 +51,7 @@ impl Handler<'_> {
         let mut spec = facts.spec;
         anyhow::ensure!(spec.name == offer.vm.name, "the offer has two names for the VM");
         let dir = agent.runtime.vm(&spec.name)?;
+        dir.remove_if_never_arrived(&agent.runtime)?;
         anyhow::ensure!(
             !dir.exists(),
             "the name {} is taken on the destination: microvm ps there shows by what",
@@ -63,7 +64,13 @@ impl Handler<'_> {
         let (ours, theirs) = UnixStream::pair()?;
         agent.arrivals.lock().unwrap_or_else(PoisonError::into_inner).insert(id, ours);
         let arrival = |connections| Arrival { offer, from: self.peer.clone(), connections };
-        let started = spawn::vm_process(|fd| Start { spec, arrival: fd.map(arrival) }, Some(theirs));
+        let (left, runtime) = (dir.clone(), agent.runtime.clone());
+        let ended = move || {
+            if let Err(error) = left.remove_if_never_arrived(&runtime) {
+                tracing::warn!(vm = left.name(), "{error:#}");
+            }
+        };
+        let started = spawn::vm_process(|fd| Start { spec, arrival: fd.map(arrival) }, Some(theirs), ended);
         if started.is_err() {
             agent.arrivals.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         }

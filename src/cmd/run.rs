@@ -27,7 +27,7 @@ pub fn run(runtime: &Runtime, args: RunArgs) -> Result<u8> {
     let spec = spec(runtime, args)?;
     let dir = runtime.vm(&spec.name)?;
     let name = spec.name.clone();
-    spawn::vm_process(|_| Start { spec, arrival: None }, None)?;
+    spawn::vm_process(|_| Start { spec, arrival: None }, None, || ())?;
     if detach {
         if json {
             println!("{}", serde_json::to_string(&client::inspect(runtime, &name)?)?);

@@ -165,6 +165,7 @@ fn receive(machine: &Arc<Machine>, host: &Arc<Host>, arrival: Arrival, control: 
     let connections = connections::take_over(inherited(connections)).context("connections cannot be taken over")?;
     let handle = MigrationHandle::new();
     machine.begin_migration(handle.clone(), from, true)?;
+    fs::write(machine.dir.arriving(), offer.id.to_string()).context("the VM's folder cannot be written")?;
     let mut journal = runtime::create_journal(&machine.runtime.handoff(offer.id)?)?;
     control::serve(machine.clone(), host.clone(), control)?;
     answer(&Started::Ready);
@@ -173,6 +174,8 @@ fn receive(machine: &Arc<Machine>, host: &Arc<Host>, arrival: Arrival, control: 
     let result = migrator::receive(&mut destination, incoming, &mut journal, &ReceiveOptions::default(), &handle);
     machine.end_migration(None);
     let Received { description, announce, announcing: _ } = result.context("the VM was not received")?;
+    // The journal says as well that it runs here.
+    let _ = fs::remove_file(machine.dir.arriving());
     tracing::info!(name = description.name, ?announce, "received");
     Ok(())
 }

@@ -16,8 +16,13 @@ use super::process::{Start, Started};
 static SPAWNING: Mutex<()> = Mutex::new(());
 
 /// Starts the process of a VM and waits until it says that it is ready. It lives on by itself, in a session of its own, its
-/// messages in the VM's log. `inherited` goes to the process; `start` makes what the process is told, from its number.
-pub fn vm_process(start: impl FnOnce(Option<RawFd>) -> Start, inherited: Option<UnixStream>) -> Result<()> {
+/// messages in the VM's log. `inherited` goes to the process; `start` makes what the process is told, from its number. If the
+/// process ends before this one does, `ended` is called.
+pub fn vm_process(
+    start: impl FnOnce(Option<RawFd>) -> Start,
+    inherited: Option<UnixStream>,
+    ended: impl FnOnce() + Send + 'static,
+) -> Result<()> {
     // The very program that runs now, also when its file has been replaced by another version since.
     let mut command = Command::new("/proc/self/exe");
     command.arg0("microvm").arg("vm-process").stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -42,7 +47,11 @@ pub fn vm_process(start: impl FnOnce(Option<RawFd>) -> Start, inherited: Option<
         Ok(Started::Ready) => {
             sent.context("the VM's process did not listen")?;
             // Whoever stays (the agent) must not collect the dead; a thread that waits is cheaper than a signal handler.
-            std::thread::Builder::new().name("reaper".into()).stack_size(64 << 10).spawn(move || child.wait())?;
+            let reaper = move || {
+                let _ = child.wait();
+                ended();
+            };
+            std::thread::Builder::new().name("reaper".into()).stack_size(64 << 10).spawn(reaper)?;
             Ok(())
         }
         Ok(Started::Failed(why)) => {

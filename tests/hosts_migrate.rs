@@ -1,0 +1,178 @@
+//! Live migration between two hosts: real processes in two network namespaces. What arrives is what left, at any rate of writing,
+//! as often as one likes.
+#![allow(clippy::unwrap_used)] // Clippy's exception for tests does not reach their helpers.
+
+mod common;
+
+use common::guest::{Pulse, number};
+use common::net::{Host, Net, hosts};
+use common::{no_hosts, skip, wait_until};
+use serde_json::Value;
+
+/// There and back, with memory compared at each switchover, and checked by the guest after it.
+#[track_caller]
+fn there_and_back(net: &Net, pulse: &Pulse, more: &str) {
+    for (from, to) in [(&net.a, &net.b), (&net.b, &net.a)] {
+        from.moves(&pulse.name, to, &format!("--verify {more}"));
+        pulse.is_well(to);
+        from.is_empty();
+    }
+}
+
+fn writes_while_it_moves(rates: &[&str], pattern: &str) {
+    let Some(net) = hosts() else { return };
+    for rate in rates {
+        let pulse = net.a.pulse("web", "--memory 64M", &format!("ws=16M rate={rate} pattern={pattern}"));
+        there_and_back(&net, &pulse, "");
+        let before = pulse.report(&net.a).unwrap();
+        let after = pulse.is_well(&net.a);
+        assert!(number(&after, "pages_verified") > number(&before, "pages_verified"), "{before} {after}");
+        let writes = number(&after, "pages_written") > number(&before, "pages_written");
+        assert_eq!(writes, *rate != "0", "rate={rate}: {before} {after}");
+        net.a.microvm("rm --force web").ok();
+    }
+}
+
+#[test]
+fn an_idle_guest_and_sequential_writers_arrive_whole() {
+    writes_while_it_moves(&["0", "50M", "400M"], "seq");
+}
+
+#[test]
+fn random_writers_arrive_whole() {
+    writes_while_it_moves(&["50M", "400M"], "random");
+}
+
+#[test]
+fn two_vcpus() {
+    let Some(net) = hosts() else { return };
+    let pulse = net.a.pulse("web", "--memory 64M --cpus 2", "ws=16M rate=50M");
+    there_and_back(&net, &pulse, "");
+    assert_eq!(net.a.inspect("web")["cpus"], 2);
+}
+
+#[test]
+fn stop_and_copy() {
+    let Some(net) = hosts() else { return };
+    let pulse = net.a.pulse("web", "--memory 64M", "ws=16M rate=200M");
+    let report = net.a.moves("web", &net.b, "--mode stop-and-copy --verify");
+    assert_eq!(report["mode"], "stop-and-copy");
+    assert_eq!(report["rounds"].as_array().unwrap().len(), 1, "{report}");
+    pulse.is_well(&net.b);
+}
+
+#[test]
+fn a_hundred_times_there_and_back() {
+    let Some(net) = hosts() else { return };
+    let pulse = net.a.pulse("web", "--memory 64M", "ws=8M rate=50M");
+    let (mut here, mut there) = (&net.a, &net.b);
+    for _ in 0..200 {
+        here.moves("web", there, "");
+        (here, there) = (there, here);
+    }
+    let report = pulse.is_well(here);
+    assert!(number(&report, "t_ms") > 0);
+    there.is_empty();
+    // Sockets, descriptors, threads and journals of two hundred migrations do not pile up.
+    let pid = here.inspect("web")["pid"].as_u64().unwrap();
+    let count = |what: &str| std::fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count();
+    assert!(count("fd") < 60 && count("task") < 30, "{} descriptors, {} threads", count("fd"), count("task"));
+}
+
+#[test]
+fn a_paused_vm_stays_paused() {
+    let Some(net) = hosts() else { return };
+    let pulse = net.a.pulse("web", "--memory 64M", "ws=8M rate=50M");
+    net.a.microvm("pause web").ok();
+    for (from, to) in [(&net.a, &net.b), (&net.b, &net.a)] {
+        let report = from.moves("web", to, "--verify");
+        assert_eq!(report["blackout_ms"], Value::Null, "{report}");
+        assert_eq!(to.state("web").as_deref(), Some("paused"));
+        assert_eq!(pulse.said(to).len(), 0, "a paused guest said something");
+    }
+    net.a.microvm("resume web").ok();
+    assert_eq!(net.a.state("web").as_deref(), Some("running"));
+    pulse.is_well(&net.a);
+}
+
+/// The keys of an object, in order.
+fn keys(object: &Value) -> Vec<&str> {
+    object.as_object().unwrap_or_else(|| panic!("{object}")).keys().map(String::as_str).collect()
+}
+
+#[test]
+fn the_report_has_the_documented_keys_and_adds_up() {
+    let Some(net) = hosts() else { return };
+    net.a.pulse("web", "--memory 64M --net bridge=br0,ip=10.77.0.10/24", "ws=16M rate=50M");
+    let report = net.a.moves("web", &net.b, "--max-downtime 100ms");
+    let mut wanted = vec![
+        "vm",
+        "from",
+        "to",
+        "mode",
+        "outcome",
+        "owner",
+        "error",
+        "rounds",
+        "total_ms",
+        "blackout_ms",
+        "blackout",
+        "bytes_sent",
+        "ram_bytes",
+        "predicted_blackout_ms",
+        "announce",
+    ];
+    wanted.sort_unstable();
+    let mut got = keys(&report);
+    got.sort_unstable();
+    assert_eq!(got, wanted);
+    let mut wanted = vec!["n", "pages", "zero_pages", "bytes_sent", "ms", "dirty_pages_after"];
+    wanted.sort_unstable();
+    let rounds = report["rounds"].as_array().unwrap();
+    assert!(rounds.len() >= 2, "{report}");
+    let mut bytes = 0;
+    for (round, n) in rounds.iter().zip(1u64..) {
+        let mut got = keys(round);
+        got.sort_unstable();
+        assert_eq!(got, wanted);
+        assert_eq!(number(round, "n"), n);
+        bytes += number(round, "bytes_sent");
+        assert!(number(round, "bytes_sent") >= number(round, "pages") * 4096, "{round}");
+    }
+    assert_eq!(number(&rounds[0], "pages") + number(&rounds[0], "zero_pages"), (64 << 20) / 4096, "{report}");
+    assert_eq!(bytes, number(&report, "bytes_sent"), "{report}");
+    assert_eq!(number(&report, "ram_bytes"), 64 << 20);
+    assert_eq!((&report["vm"], &report["mode"], &report["error"]), (&"web".into(), &"pre-copy".into(), &Value::Null));
+    let ms = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("{report}"));
+    assert!(ms(&report["blackout_ms"]) > 0.0 && ms(&report["blackout_ms"]) <= ms(&report["total_ms"]), "{report}");
+    let parts: f64 = report["blackout"].as_object().unwrap().values().map(ms).sum();
+    assert!(parts > 0.0, "{report}");
+}
+
+#[test]
+fn detached_it_goes_on_by_itself() {
+    let Some(net) = hosts() else { return };
+    let pulse = net.a.pulse("web", "--memory 64M", "ws=8M rate=10M");
+    net.a.microvm(&format!("migrate web --to {} --detach", net.b.ip)).ok();
+    wait_until("the VM is there", || net.b.state("web").as_deref() == Some("running"));
+    pulse.is_well(&net.b);
+    net.a.is_empty();
+}
+
+#[test]
+fn one_that_waits_without_an_agent_takes_one_in() {
+    let Some(reason) = no_hosts() else {
+        let net = Net::new();
+        return without_an_agent(&net.a, &net.b);
+    };
+    skip(&reason);
+}
+
+fn without_an_agent(a: &Host, b: &Host) {
+    let pulse = a.pulse("web", "--memory 64M", "ws=8M rate=10M");
+    let waiting = b.start(&format!("receive --insecure-plaintext --listen {}:7437", b.ip));
+    wait_until("it listens", || b.ns.run("ss", "-Hltn sport = :7437").ok().contains("7437"));
+    a.moves("web", b, "");
+    assert_eq!(waiting.said().ok().trim(), "web");
+    pulse.is_well(b);
+}
