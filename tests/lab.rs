@@ -149,7 +149,7 @@ impl Lab {
     /// Types a line at the guest's shell.
     fn type_line(&self, host: u8, line: &str) {
         let program = format!(
-            "(sleep 2; printf '%s\\n' {line:?}; sleep 3) | timeout 30 {} console lin",
+            "(sleep 2; printf '%s\\n' {line:?}; sleep 3) | timeout 8 {} console lin; true",
             env!("CARGO_BIN_EXE_microvm")
         );
         output(script("lab").args(["exec", "-n", &format!("host{host}"), "--", "bash", "-c", &program])).unwrap();
