@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -164,7 +165,10 @@ impl Console {
         let (mutex, changed) = &*self.drained;
         let waited = changed.wait_timeout_while(lock(mutex), Duration::from_secs(2), |drained| !*drained);
         drop(waited);
-        lock(&self.viewers).clients.clear();
+        for client in lock(&self.viewers).clients.drain(..) {
+            // Not dropped only: the thread that reads what is typed has the same socket.
+            let _ = client.shutdown(Shutdown::Both);
+        }
     }
 }
 
