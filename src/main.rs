@@ -28,10 +28,15 @@ fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("microvm: {}", chain(&error));
-            ExitCode::from(1)
+            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
         }
     }
 }
+
+/// What the user wrote cannot be meant: exit code 2, as for a mistake that the command line's parser finds.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+pub struct Usage(anyhow::Error);
 
 /// An error and its causes on one line. A cause that the text before it already tells is left out.
 fn chain(error: &anyhow::Error) -> String {

@@ -164,7 +164,7 @@ fn it_goes_on_in_another_vm_with_its_memory_and_state() {
             let mut to = build(&host, cpus);
             to.vm.pages().copy_in(0, &copy(&from.vm)).unwrap();
             let saved = from.vm.save().unwrap();
-            to.vm.restore(saved.clone(), Duration::ZERO).unwrap();
+            to.vm.restore(saved.clone()).unwrap();
             let again = to.vm.save().unwrap();
             let names = |sections: &[Section]| -> Vec<_> { sections.iter().map(|s| (s.kind, s.instance)).collect() };
             assert_eq!(names(&again), names(&saved));
@@ -194,7 +194,7 @@ fn state_that_does_not_fit_is_refused_and_the_next_try_succeeds() {
     from.vm.pause().unwrap();
     let good = from.vm.save().unwrap();
     let mut to = build(&host, 1);
-    let mut refuses = |sections: Vec<Section>| to.vm.restore(sections, Duration::ZERO).unwrap_err();
+    let mut refuses = |sections: Vec<Section>| to.vm.restore(sections).unwrap_err();
     for i in 0..good.len() {
         let (section, name) = (&good[i], format!("{} {}", kind::name(good[i].kind), good[i].instance));
         let without: Vec<Section> = good.iter().filter(|s| *s != section).cloned().collect();
@@ -224,7 +224,7 @@ fn state_that_does_not_fit_is_refused_and_the_next_try_succeeds() {
     let stranger = Section { kind: 77, instance: 0, version: 1, bytes: vec![] };
     assert!(matches!(refuses([good.clone(), vec![stranger]].concat()), SnapshotError::Unknown { kind: 77, .. }));
     to.vm.pages().copy_in(0, &copy(&from.vm)).unwrap();
-    to.vm.restore(good, Duration::ZERO).unwrap();
+    to.vm.restore(good).unwrap();
     to.vm.resume();
     to.output.is_well();
 }

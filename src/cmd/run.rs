@@ -8,6 +8,7 @@ use migrator::MigrationId;
 
 use super::stop::{self, PATIENCE};
 use super::terminal::{self, Left};
+use crate::Usage;
 use crate::cli::RunArgs;
 use crate::client;
 use crate::machine::Exit;
@@ -24,7 +25,12 @@ const INTERRUPTED: u8 = 130;
 /// Carries it out.
 pub fn run(runtime: &Runtime, args: RunArgs) -> Result<u8> {
     let (detach, json) = (args.detach, args.json);
-    let spec = spec(runtime, args)?;
+    let spec = spec(args).map_err(Usage)?;
+    for net in &spec.nets {
+        check_mac_is_free(runtime, &spec.name, net)?;
+    }
+    // Here, where the user sees it at once; the process reads them again.
+    spec.boot.read()?;
     let dir = runtime.vm(&spec.name)?;
     let name = spec.name.clone();
     spawn::vm_process(|_| Start { spec, arrival: None }, None, || ())?;
@@ -71,7 +77,8 @@ fn ended(dir: &VmDir) -> Result<u8> {
     Ok(u8::from(!exit.is_clean()))
 }
 
-fn spec(runtime: &Runtime, args: RunArgs) -> Result<MachineSpec> {
+/// What the user asked for, checked as far as it needs no look at the host.
+fn spec(args: RunArgs) -> Result<MachineSpec> {
     let RunArgs { name, cpus, memory, kernel, initrd, cmdline, net, detach: _, json: _ } = args;
     let name = match name {
         Some(name) => name,
@@ -86,11 +93,6 @@ fn spec(runtime: &Runtime, args: RunArgs) -> Result<MachineSpec> {
         BootSpec { kernel: kernel.map(absolute).transpose()?, initrd: initrd.map(absolute).transpose()?, cmdline };
     let spec = MachineSpec { name, cpus, memory_bytes: memory, boot, nets };
     spec.vm_config().validate()?;
-    for net in &spec.nets {
-        check_mac_is_free(runtime, &spec.name, net)?;
-    }
-    // Here, where the user sees it at once; the process reads them again.
-    spec.boot.read()?;
     Ok(spec)
 }
 
