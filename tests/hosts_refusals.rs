@@ -122,7 +122,9 @@ fn hosts_without_kvm_or_without_room() {
     shell(format!("mount --bind /dev/null /dev/kvm && {MICROVM} run -d")).refused(1, &["KVM"]);
     shell(format!("mount -t tmpfs none /dev && {MICROVM} run -d")).refused(1, &["/dev/kvm"]);
     host.is_empty();
-    let full = format!("mount -t tmpfs -o size=4k none {runtime} && {MICROVM} run -d --name bad");
+    let full = format!(
+        "mount -t tmpfs -o size=4k none {runtime} && head -c 4096 /dev/zero >{runtime}/all; {MICROVM} run -d --name bad"
+    );
     shell(full).refused(1, &["no space left"]);
     host.microvm("agent --listen 10.77.0.1:7437").refused(1, &["--insecure-plaintext"]);
     host.microvm("agent --listen 192.0.2.1:7437 --insecure-plaintext").refused(1, &["192.0.2.1:7437"]);
