@@ -22,7 +22,9 @@ fn main() -> ExitCode {
         "warn"
     };
     let filter = tracing_subscriber::EnvFilter::try_from_env("MICROVM_LOG").unwrap_or_else(|_| default.into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    // A message that cannot be written (the log's disk is full) is lost; complaining about it on the same stream would panic.
+    let subscriber = tracing_subscriber::fmt().log_internal_errors(false);
+    subscriber.with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
 
     match cmd::run(cli.command) {
         Ok(code) => ExitCode::from(code),

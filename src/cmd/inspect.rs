@@ -70,7 +70,7 @@ pub fn progress(m: &ProgressView) -> String {
         return text;
     }
     if m.round > 0 {
-        let percent = if m.pages_total > 0 { 100 * m.pages_done / m.pages_total } else { 100 };
+        let percent = (100 * m.pages_done).checked_div(m.pages_total).unwrap_or(100);
         add(format!("round {} {percent} %", m.round));
         add(format!("{} sent", format_bytes(m.bytes_sent)));
     }

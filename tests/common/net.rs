@@ -215,7 +215,7 @@ impl Host {
     pub fn taps(&self) -> Vec<String> {
         let text = self.ns.ip("-o link show");
         let names = text.lines().filter_map(|line| line.split(": ").nth(1)).map(|n| n.split('@').next().unwrap());
-        names.filter(|n| !["lo", "br0", "up0"].contains(n)).map(String::from).collect()
+        names.filter(|n| !["lo", "br0", "lan0", "up0"].contains(n)).map(String::from).collect()
     }
 
     /// Checks that no VM and nothing of one is here: no folder, no TAP, no process but the agent.
