@@ -13,7 +13,9 @@ use linux_loader::loader::start_info::{
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
-use super::layout::{ACPI_TABLES, CMDLINE, CMDLINE_BYTES, EBDA_START, HIGH_RAM, HOLE_START, PVH_START_INFO, ZERO_PAGE};
+use super::layout::{
+    ACPI_TABLES, CMDLINE, CMDLINE_BYTES, EBDA_START, HIGH_RAM, HOLE_START, PVH_START_INFO, RESET_VECTOR, ZERO_PAGE,
+};
 use super::regs::Entry;
 
 /// What does not boot, and why.
@@ -74,6 +76,17 @@ const E820_RESERVED: u32 = 2;
 const BZIMAGE_ENTRY64: u64 = 0x200;
 const PAGE: u64 = 0x1000;
 
+/// All the firmware that there is: asks the keyboard controller for a reset, then halts.
+///
+/// On hardware-reduced ACPI without EFI, Linux leaves the reset register alone, finds no EFI to ask, and jumps to the reset vector in
+/// real mode (arch/x86/kernel/reboot.c, BOOT_EFI falling through to BOOT_BIOS).
+const RESET_STUB: [u8; 7] = [
+    0xb0, 0xfe, // mov al, 0xfe
+    0xe6, 0x64, // out 0x64, al
+    0xf4, // hlt
+    0xeb, 0xfd, // jmp back to hlt
+];
+
 /// Wraps a C structure of the boot protocols so that it can be written to guest memory.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
@@ -92,6 +105,7 @@ pub fn load<M: GuestMemoryBackend>(
     if cmdline.len() >= CMDLINE_BYTES || cmdline.contains('\0') {
         return Err(BootError::Cmdline { bytes: cmdline.len() });
     }
+    memory.write_slice(&RESET_STUB, GuestAddress(RESET_VECTOR))?;
     let mut bytes = cmdline.as_bytes().to_vec();
     bytes.push(0);
     let is_elf = kernel.starts_with(b"\x7fELF");

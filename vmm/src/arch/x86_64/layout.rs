@@ -35,6 +35,8 @@ pub const CMDLINE_BYTES: usize = 2048;
 pub const EBDA_START: u64 = 0x9_fc00;
 /// RSDP and the tables behind it, inside the BIOS read-only area that Linux also scans.
 pub const ACPI_TABLES: u64 = 0xe_0000;
+/// Where a processor starts after a reset, as far as real mode reaches: `F000:FFF0`.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Start of high memory, where kernels load.
 pub const HIGH_RAM: u64 = 0x10_0000;
 
