@@ -16,7 +16,7 @@ pub const DEFAULT_PORT: u16 = 7437;
 ///
 /// Try it:
 ///   microvm run                                    boots the built-in guest; Ctrl-] leaves its console
-///   microvm agent                                  on the other host: takes VMs in
+///   microvm agent --listen ADDR:7437 …             on the other host: takes VMs in (see microvm agent --help)
 ///   microvm migrate NAME --to HOST                 moves a running VM there
 ///
 /// VMs are kept under $MICROVM_RUNTIME_DIR (default: /run/microvm, or $XDG_RUNTIME_DIR/microvm without root).
@@ -61,6 +61,11 @@ pub enum Command {
     /// Take VMs in from other hosts: the host's daemon
     ///
     /// Listens for migrations. Each VM that comes gets a process of its own, which lives on when the agent ends.
+    ///
+    /// Examples:
+    ///   microvm agent                                                  on loopback: for trying it out, or behind a tunnel
+    ///   microvm agent --listen 10.0.0.7:7437 --insecure-plaintext      on a network that is yours alone
+    #[command(verbatim_doc_comment)]
     Agent(AgentArgs),
     /// Take one VM in, without an agent: waits for it, prints its name, and ends
     Receive(ReceiveArgs),
@@ -105,10 +110,10 @@ pub struct RunArgs {
     /// The VM's name; a new one is made up if none is given
     #[arg(long)]
     pub name: Option<String>,
-    /// vCPUs
+    /// vCPUs, 1 to 64
     #[arg(long, default_value_t = 1)]
     pub cpus: u8,
-    /// Memory: a multiple of 1M
+    /// Memory: a multiple of 1M, from 4M to 512G
     #[arg(long, default_value = "256M", value_parser = parse_size)]
     pub memory: u64,
     /// A kernel: Linux bzImage or uncompressed ELF, or any ELF with a PVH note; the built-in guest if none is given
@@ -248,7 +253,7 @@ pub struct RmArgs {
     /// The VMs
     #[arg(required = true)]
     pub names: Vec<String>,
-    /// End VMs that still run
+    /// End VMs that still run, and remove what a VM that died in the middle of a migration has left
     #[arg(short, long)]
     pub force: bool,
 }

@@ -3,6 +3,8 @@
 //! Time in the lab is not time: nothing here asserts how fast something is, but for hangs. Needs root and QEMU; `scripts/lab` and
 //! `scripts/kernels` install and fetch what is missing.
 
+#![allow(clippy::unwrap_used)] // a test fails by it
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};

@@ -2,7 +2,8 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::PoisonError;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use migrator::MigrationId;
@@ -10,11 +11,22 @@ use migrator::driver::request::{AskAnswer, Offer, Requests};
 use migrator::handoff::{self, Answer, HandoffRecord, Step};
 use migrator::journal::{FileJournal, JournalError};
 use migrator::traits::{Durability, Journal, Refusal};
+use rustix::net::RecvFlags;
 
 use super::Agent;
 use crate::machine::endpoint::SourceFacts;
 use crate::machine::process::{Arrival, Start};
 use crate::machine::spawn;
+
+/// The name of a VM whose migration has just failed here, or which has just left, is free again in a moment.
+const TIDYING: Duration = Duration::from_secs(1);
+
+/// Whether the receiving process wants no more connections.
+fn is_closed(receiver: &UnixStream) -> bool {
+    let mut byte = [0];
+    let seen = rustix::net::recv(receiver, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT);
+    !matches!(seen, Err(rustix::io::Errno::AGAIN))
+}
 
 /// One connection's requests.
 pub(super) struct Handler<'a> {
@@ -52,17 +64,25 @@ impl Handler<'_> {
         anyhow::ensure!(spec.name == offer.vm.name, "the offer has two names for the VM");
         let dir = agent.runtime.vm(&spec.name)?;
         dir.remove_if_never_arrived(&agent.runtime)?;
-        anyhow::ensure!(
-            !dir.exists(),
-            "the name {} is taken on the destination: microvm ps there shows by what",
-            spec.name
-        );
+        let deadline = Instant::now() + TIDYING;
+        while dir.exists() {
+            anyhow::ensure!(
+                Instant::now() < deadline,
+                "the name {} is taken on the destination: microvm ps there shows by what",
+                spec.name
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
         if let Some(bridge) = &agent.bridge {
             spec.nets.iter_mut().filter(|net| net.bridge.is_some()).for_each(|net| net.bridge = Some(bridge.clone()));
         }
         let id = offer.id;
         let (ours, theirs) = UnixStream::pair()?;
-        agent.arrivals.lock().unwrap_or_else(PoisonError::into_inner).insert(id, ours);
+        {
+            let mut arrivals = agent.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+            arrivals.retain(|_, receiver| !is_closed(receiver));
+            arrivals.insert(id, ours);
+        }
         let arrival = |connections| Arrival { offer, from: self.peer.clone(), connections };
         let (left, runtime) = (dir.clone(), agent.runtime.clone());
         let ended = move || {

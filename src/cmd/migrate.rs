@@ -146,7 +146,7 @@ fn tell(report: &Report, json: bool) {
             let blackout =
                 report.blackout_ms.map_or("it was paused and stays so".into(), |ms| format!("blackout {ms:.2} ms"));
             println!(
-                "{vm} runs on {to}: {blackout}, total {:.2} s, {} rounds, {} sent",
+                "{vm} runs on {to}: {blackout}, total {:.2} s, rounds: {}, {} sent",
                 report.total_ms / 1e3,
                 report.rounds.len(),
                 format_bytes(report.bytes_sent)

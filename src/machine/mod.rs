@@ -106,6 +106,8 @@ struct Status {
     panicked: bool,
     migration: Option<Migration>,
     last_migration: Option<Report>,
+    /// The VM is being taken down.
+    ending: bool,
     exit: Option<Exit>,
     boot: u64,
 }
@@ -140,8 +142,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Machine {
     /// A machine without a VM.
     pub fn new(spec: MachineSpec, dir: VmDir, runtime: Runtime, console: Console, events: Sender<Event>) -> Arc<Self> {
-        let status =
-            Status { guest_end: None, panicked: false, migration: None, last_migration: None, exit: None, boot: 0 };
+        let status = Status {
+            guest_end: None,
+            panicked: false,
+            migration: None,
+            last_migration: None,
+            ending: false,
+            exit: None,
+            boot: 0,
+        };
         Arc::new(Machine {
             spec,
             dir,
@@ -311,6 +320,10 @@ impl Machine {
         status.exit.clone()
     }
 
+    fn set_ending(&self) {
+        lock(&self.status).ending = true;
+    }
+
     fn set_exit(&self, exit: Exit) {
         lock(&self.status).exit = Some(exit);
         self.changed.notify_all();
@@ -324,7 +337,7 @@ impl Machine {
     pub fn state(&self) -> State {
         let (migration, ended, panicked) = {
             let status = lock(&self.status);
-            (status.migration.clone(), status.exit.is_some(), status.panicked)
+            (status.migration.clone(), status.ending, status.panicked)
         };
         match migration.as_ref().map(|m| (m.incoming, m.handle.progress().phase)) {
             Some((_, Phase::InDoubt)) => State::InDoubt,

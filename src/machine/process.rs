@@ -5,6 +5,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
@@ -145,6 +146,7 @@ fn run(machine: &Arc<Machine>, arrival: Option<Arrival>, inbox: &Receiver<Event>
     let exit = main_loop(machine, &host, inbox)?;
     tracing::info!("{}", exit.sentence(&machine.spec.name));
     folder.keep = !matches!(exit, Exit::Moved(_));
+    machine.set_ending();
     machine.drop_vm();
     fs::write(machine.dir.exit(), serde_json::to_vec(&exit)?).context("the VM's folder cannot be written")?;
     machine.console.close();
@@ -162,7 +164,9 @@ fn inherited(fd: i32) -> UnixStream {
 /// Takes the VM in; control answers meanwhile.
 fn receive(machine: &Arc<Machine>, host: &Arc<Host>, arrival: Arrival, control: UnixListener) -> Result<()> {
     let Arrival { offer, from, connections } = arrival;
-    let connections = connections::take_over(inherited(connections)).context("connections cannot be taken over")?;
+    let handed_over = inherited(connections);
+    let no_more = handed_over.try_clone()?;
+    let connections = connections::take_over(handed_over).context("connections cannot be taken over")?;
     let handle = MigrationHandle::new();
     machine.begin_migration(handle.clone(), from, true)?;
     fs::write(machine.dir.arriving(), offer.id.to_string()).context("the VM's folder cannot be written")?;
@@ -173,6 +177,8 @@ fn receive(machine: &Arc<Machine>, host: &Arc<Host>, arrival: Arrival, control: 
     let incoming = Incoming { offer, connections };
     let result = migrator::receive(&mut destination, incoming, &mut journal, &ReceiveOptions::default(), &handle);
     machine.end_migration(None);
+    // The agent sees that it need not keep its end.
+    let _ = no_more.shutdown(Shutdown::Both);
     let Received { description, announce, announcing: _ } = result.context("the VM was not received")?;
     // The journal says as well that it runs here.
     let _ = fs::remove_file(machine.dir.arriving());

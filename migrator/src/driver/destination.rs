@@ -362,13 +362,12 @@ impl Driver<'_> {
 
     /// Shows watchers where we are.
     fn show(&self) {
-        let phase = match self.machine.phase() {
-            Phase::Done => Phase::Commit,
-            phase => phase,
-        };
+        let phase = self.machine.phase();
         let (round, elapsed) = (self.machine.rounds() + 1, self.began.elapsed());
         self.handle.update(|progress| {
-            progress.phase = phase;
+            if phase != Phase::Done {
+                progress.phase = phase;
+            }
             progress.round = round;
             progress.pages_done = self.received.load(Ordering::Relaxed);
             progress.pages_total = self.round_pages;

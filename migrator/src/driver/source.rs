@@ -292,10 +292,11 @@ impl Driver<'_> {
         let (bandwidth, dirty_rate) = (known(precopy.bandwidth()), known(precopy.dirty_rate()));
         let last_answer = last_answer.map(str::to_owned);
         let (round, elapsed) = (self.machine.round_number(), self.began.elapsed());
-        // The phase is done when the report is there, and not before.
-        let phase = if phase == Phase::Done { Phase::Commit } else { phase };
         self.handle.update(|progress| {
-            progress.phase = phase;
+            // Done it is when the report is there, and not before.
+            if phase != Phase::Done {
+                progress.phase = phase;
+            }
             progress.round = round;
             progress.pages_done = done;
             progress.pages_total = self.round_pages;
