@@ -193,6 +193,14 @@ fn state_that_does_not_fit_is_refused_and_the_next_try_succeeds() {
     assert!(matches!(from.vm.save(), Err(SnapshotError::Running)));
     from.vm.pause().unwrap();
     let good = from.vm.save().unwrap();
+    // With MICROVM_WRITE_GOLDEN set, what this version writes becomes what later versions must read.
+    if std::env::var_os("MICROVM_WRITE_GOLDEN").is_some() {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/state-v1");
+        std::fs::create_dir_all(&dir).unwrap();
+        for Section { kind, instance, bytes, .. } in &good {
+            std::fs::write(dir.join(format!("{kind}-{instance}")), bytes).unwrap();
+        }
+    }
     let mut to = build(&host, 1);
     let mut refuses = |sections: Vec<Section>| to.vm.restore(sections).unwrap_err();
     for i in 0..good.len() {
