@@ -8,6 +8,7 @@ mod machine;
 mod runtime;
 mod units;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -23,7 +24,7 @@ fn main() -> ExitCode {
     };
     let filter = tracing_subscriber::EnvFilter::try_from_env("MICROVM_LOG").unwrap_or_else(|_| default.into());
     // A message that cannot be written (the log's disk is full) is lost; complaining about it on the same stream would panic.
-    let subscriber = tracing_subscriber::fmt().log_internal_errors(false);
+    let subscriber = tracing_subscriber::fmt().log_internal_errors(false).with_ansi(std::io::stderr().is_terminal());
     subscriber.with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
 
     match cmd::run(cli.command) {

@@ -9,6 +9,7 @@ use std::net::Shutdown;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
@@ -59,21 +60,30 @@ const FAREWELL: Duration = Duration::from_millis(100);
 
 /// The whole life. The result is the process's exit code.
 pub fn main() -> Result<u8> {
+    // It was started as /proc/self/exe, which is no name to find it by.
+    let _ = rustix::thread::set_name(c"microvm");
     let mut text = String::new();
     io::stdin().read_to_string(&mut text).context("the VM's description cannot be read")?;
     let start: Start = serde_json::from_str(&text).context("the VM's description is damaged")?;
     match live(start) {
         Ok(exit) => Ok(u8::from(!exit.is_clean())),
         Err(error) => {
-            // Too late for the starter if it has heard `ready`; then only the log is left.
-            tracing::error!("{error:#}");
-            answer(&Started::Failed(format!("{error:#}")));
+            let why = format!("{error:#}");
+            // The starter tells the user; once it has heard `ready`, only the log is left.
+            if !answer(&Started::Failed(why.clone())) {
+                tracing::error!("{why}");
+            }
             Ok(1)
         }
     }
 }
 
-fn answer(started: &Started) {
+/// Tells the starter, the first time; afterwards nobody listens.
+fn answer(started: &Started) -> bool {
+    static ANSWERED: AtomicBool = AtomicBool::new(false);
+    if ANSWERED.swap(true, Ordering::SeqCst) {
+        return false;
+    }
     let mut out = io::stdout();
     let _ = serde_json::to_writer(&mut out, started).map_err(io::Error::from).and_then(|()| writeln!(out));
     let _ = out.flush();
@@ -81,6 +91,7 @@ fn answer(started: &Started) {
     if let Ok(null) = File::options().write(true).open("/dev/null") {
         let _ = rustix::stdio::dup2_stdout(&null);
     }
+    true
 }
 
 fn live(start: Start) -> Result<Exit> {
@@ -199,7 +210,7 @@ fn main_loop(machine: &Arc<Machine>, host: &Arc<Host>, inbox: &Receiver<Event>) 
                     return Ok(Exit::Moved(to));
                 }
                 if outcome == Outcome::Failed {
-                    tracing::warn!(error = ?report.error, "the migration failed; the VM runs on here");
+                    tracing::warn!(error = ?report.error, "the migration failed; the VM stays here");
                 }
                 machine.end_migration(Some(*report));
                 if let Some(exit) = pending_end(machine, host)? {

@@ -127,7 +127,7 @@ pub struct VmView {
     pub traffic: Vec<Traffic>,
     /// The migration under way.
     pub migration: Option<ProgressView>,
-    /// The last migration that ended here.
+    /// The last migration that ended here, or the report so far of one that is in doubt.
     pub last_migration: Option<Report>,
 }
 
@@ -206,6 +206,10 @@ impl Machine {
     /// All about the VM.
     pub fn view(&self) -> VmView {
         let migration = self.migration().map(|m| ProgressView::new(&m.peer, m.incoming, &m.handle.progress()));
+        // In doubt, the report so far is what there is to say.
+        let so_far = self.migration().filter(|m| m.handle.progress().phase == migrator::Phase::InDoubt);
+        let last_migration =
+            so_far.and_then(|m| m.handle.report()).or_else(|| lock(&self.status).last_migration.clone());
         let (addresses, traffic) = self.with_vm(|vm| (vm.addresses(), vm.traffic())).unwrap_or_default();
         let addresses = addresses.into_iter().map(|nic| {
             let v4 = nic.ipv4.iter().map(ToString::to_string);
@@ -230,7 +234,7 @@ impl Machine {
             addresses: addresses.collect(),
             traffic: traffic.collect(),
             migration,
-            last_migration: lock(&self.status).last_migration.clone(),
+            last_migration,
         }
     }
 }
