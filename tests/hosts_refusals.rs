@@ -57,13 +57,13 @@ fn kernels_that_are_none() {
 fn sizes_names_and_options() {
     let Some(net) = two_hosts() else { return };
     let host = &net.a;
-    run_refused(host, "--memory 0", 1, &["memory"]);
+    run_refused(host, "--memory 0", 2, &["memory"]);
     run_refused(host, "--memory much", 2, &["much", "--memory"]);
     run_refused(host, "--memory 200G", 1, &["memory", "MiB"]);
-    run_refused(host, "--cpus 0", 1, &["vcpus"]);
-    run_refused(host, "--cpus 65", 1, &["vcpus"]);
+    run_refused(host, "--cpus 0", 2, &["vcpus"]);
+    run_refused(host, "--cpus 65", 2, &["vcpus"]);
     run_refused(host, "--unknown", 2, &["--unknown"]);
-    host.microvm("run -d --name a/b").refused(1, &["a/b", "not a VM name"]);
+    host.microvm("run -d --name a/b").refused(2, &["a/b", "not a VM name"]);
     host.microvm("unknown").refused(2, &["unknown"]);
     host.is_empty();
     for command in
@@ -96,12 +96,12 @@ fn interfaces_that_cannot_be() {
     let host = &net.a;
     run_refused(host, "--net bridge=br7", 1, &["br7", "ip link add br7 type bridge"]);
     run_refused(host, "--net bridge=lo", 1, &["lo", "not a bridge"]);
-    run_refused(host, "--net bridge=br0,mac=52:54", 1, &["52:54"]);
-    run_refused(host, "--net bridge=br0,mac=01:00:5e:00:00:01", 1, &["01:00:5e:00:00:01", "unicast"]);
-    run_refused(host, "--net bridge=br0,ip=10.0.0", 1, &["10.0.0", "address"]);
-    run_refused(host, "--net br0", 1, &["bridge=NAME"]);
+    run_refused(host, "--net bridge=br0,mac=52:54", 2, &["52:54"]);
+    run_refused(host, "--net bridge=br0,mac=01:00:5e:00:00:01", 2, &["01:00:5e:00:00:01", "unicast"]);
+    run_refused(host, "--net bridge=br0,ip=10.0.0", 2, &["10.0.0", "address"]);
+    run_refused(host, "--net br0", 2, &["bridge=NAME"]);
     let twice = "--net bridge=br0,mac=52:54:00:00:00:01 --net bridge=br0,mac=52:54:00:00:00:01";
-    run_refused(host, twice, 1, &["two network interfaces", "52:54:00:00:00:01"]);
+    run_refused(host, twice, 2, &["two network interfaces", "52:54:00:00:00:01"]);
     host.pulse("web", "--memory 64M --net tap=tap7,bridge=br0,mac=52:54:00:00:00:01", "ws=1M");
     host.microvm("run -d --name bad --net tap=tap7").refused(1, &["tap7", "in use"]);
     let again = host.microvm("run -d --name bad --net bridge=br0,mac=52:54:00:00:00:01");

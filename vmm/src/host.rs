@@ -28,7 +28,7 @@ pub enum HostError {
     Open(#[source] std::io::Error),
     /// An ancient kernel.
     #[error(
-        "this kernel's KVM has API version {found}; version {KVM_API_VERSION} is needed (any Linux since 2.6.22 has it)"
+        "/dev/kvm answers with API version {found}, KVM with {KVM_API_VERSION} (since Linux 2.6.22): is that device KVM's?"
     )]
     ApiVersion {
         /// What KVM says.
