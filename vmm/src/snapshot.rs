@@ -327,7 +327,7 @@ mod tests {
         fn of<T: Serialize + DeserializeOwned>(given: Section) -> Section {
             let (kind, instance) = (given.kind, given.instance);
             let state: T = Sections::new(vec![given]).unwrap().take(kind, instance).unwrap();
-            super::section(kind, instance, &state)
+            section(kind, instance, &state)
         }
         match section.kind {
             kind::MACHINE => of::<MachineState>(section),
@@ -358,7 +358,7 @@ mod tests {
 
     #[test]
     fn a_section_cut_off_anywhere_or_too_long_is_refused() {
-        let good = super::section(kind::SERIAL, 0, &[0u8; 11]);
+        let good = section(kind::SERIAL, 0, &[0u8; 11]);
         for bytes in (0..good.bytes.len()).map(|n| good.bytes[..n].to_vec()).chain([vec![0; MAX_SECTION_BYTES + 1]]) {
             let section = Section { bytes, ..good.clone() };
             let taken = Sections::new(vec![section]).and_then(|mut s| s.take::<SerialState>(kind::SERIAL, 0));

@@ -40,7 +40,7 @@ pub enum TapError {
     /// Not allowed.
     #[error(
         "no permission for TAP {0}: creating one needs CAP_NET_ADMIN; run as root, or have root make one for this user with: \
-         ip tuntap add {0} mode tap user $USER && ip link set {0} up"
+         ip tuntap add {0} mode tap user $USER && ip link set {0} up; then: --net tap={0}"
     )]
     Permission(String, #[source] io::Error),
     /// Somebody has it open.
@@ -101,7 +101,7 @@ impl Tap {
         if let Some(bridge) = bridge {
             check_name(bridge)?;
         }
-        let wanted = name.unwrap_or("(new)");
+        let wanted = name.unwrap_or("tap0");
         let file = OpenOptions::new()
             .read(true)
             .write(true)
