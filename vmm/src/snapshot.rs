@@ -323,18 +323,18 @@ mod tests {
     }
 
     /// Decodes a section as its kind says, and encodes it again.
-    fn again(section: Section) -> Section {
+    fn again(saved: Section) -> Section {
         fn of<T: Serialize + DeserializeOwned>(given: Section) -> Section {
             let (kind, instance) = (given.kind, given.instance);
             let state: T = Sections::new(vec![given]).unwrap().take(kind, instance).unwrap();
             section(kind, instance, &state)
         }
-        match section.kind {
-            kind::MACHINE => of::<MachineState>(section),
-            kind::VCPU => of::<VcpuState>(section),
-            kind::SERIAL => of::<SerialState>(section),
-            kind::POWER => of::<PowerState>(section),
-            kind::VIRTIO => of::<MmioTransportState>(section),
+        match saved.kind {
+            kind::MACHINE => of::<MachineState>(saved),
+            kind::VCPU => of::<VcpuState>(saved),
+            kind::SERIAL => of::<SerialState>(saved),
+            kind::POWER => of::<PowerState>(saved),
+            kind::VIRTIO => of::<MmioTransportState>(saved),
             other => panic!("kind {other}"),
         }
     }
@@ -360,8 +360,8 @@ mod tests {
     fn a_section_cut_off_anywhere_or_too_long_is_refused() {
         let good = section(kind::SERIAL, 0, &[0u8; 11]);
         for bytes in (0..good.bytes.len()).map(|n| good.bytes[..n].to_vec()).chain([vec![0; MAX_SECTION_BYTES + 1]]) {
-            let section = Section { bytes, ..good.clone() };
-            let taken = Sections::new(vec![section]).and_then(|mut s| s.take::<SerialState>(kind::SERIAL, 0));
+            let cut = Section { bytes, ..good.clone() };
+            let taken = Sections::new(vec![cut]).and_then(|mut s| s.take::<SerialState>(kind::SERIAL, 0));
             assert!(taken.is_err());
         }
     }
