@@ -75,11 +75,6 @@ fn answer(machine: &Arc<Machine>, host: &Arc<Host>, request: Request, send: Send
             let handle = migrate(machine, host, &request)?;
             watch(&handle, &peer, send)
         }
-        Request::Watch => {
-            let migration =
-                machine.migration().with_context(|| format!("{} is not being migrated", machine.spec.name))?;
-            watch(&migration.handle, &migration.peer, send)
-        }
         Request::Cancel => {
             let migration =
                 machine.migration().with_context(|| format!("{} is not being migrated", machine.spec.name))?;
@@ -92,7 +87,6 @@ fn answer(machine: &Arc<Machine>, host: &Arc<Host>, request: Request, send: Send
             migration.handle.resolve(if keep { Resolution::Keep } else { Resolution::Discard })?;
             Ok(Answer::Ok)
         }
-        Request::Wait => machine.wait_exit(None).map(Answer::Exit).context("the VM has not ended"),
     }
 }
 

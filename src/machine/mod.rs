@@ -5,7 +5,7 @@
 
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use migrator::{MigrationHandle, Outcome, Phase, Report};
@@ -296,28 +296,19 @@ impl Machine {
         if !patience.is_zero() && self.run_state() == Some(RunState::Running) {
             let power = self.with_vm(|vm| vm.power())?;
             lock(&power).press_button().context("the power button cannot be pressed")?;
-            if let Some(exit) = self.wait_exit(Some(patience)) {
+            if let Some(exit) = self.wait_exit(patience) {
                 return Ok(exit);
             }
         }
         self.send(Event::Kill);
-        self.wait_exit(Some(Duration::from_secs(10))).context("the VM does not end")
+        self.wait_exit(Duration::from_secs(10)).context("the VM does not end")
     }
 
-    /// Waits until the VM has ended here.
-    pub fn wait_exit(&self, patience: Option<Duration>) -> Option<Exit> {
-        let deadline = patience.map(|p| Instant::now() + p);
-        let mut status = lock(&self.status);
-        while status.exit.is_none() {
-            status = match deadline {
-                None => self.changed.wait(status).unwrap_or_else(PoisonError::into_inner),
-                Some(deadline) => {
-                    let left = deadline.checked_duration_since(Instant::now())?;
-                    self.changed.wait_timeout(status, left).unwrap_or_else(PoisonError::into_inner).0
-                }
-            };
-        }
-        status.exit.clone()
+    /// Waits until the VM has ended here, for no longer than `patience`.
+    fn wait_exit(&self, patience: Duration) -> Option<Exit> {
+        let status = lock(&self.status);
+        let waited = self.changed.wait_timeout_while(status, patience, |s| s.exit.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).0.exit.clone()
     }
 
     fn set_ending(&self) {

@@ -25,8 +25,6 @@ pub enum Request {
     },
     /// Move it to another host. Answered by progress lines and then the report.
     Migrate(MigrateRequest),
-    /// Progress lines and the report of the migration under way.
-    Watch,
     /// Stop the migration.
     Cancel,
     /// Settle a migration in doubt.
@@ -34,8 +32,6 @@ pub enum Request {
         /// Keep the VM here (true), or give it to the destination.
         keep: bool,
     },
-    /// Answered when the VM has ended here.
-    Wait,
 }
 
 /// `microvm migrate`, as the VM process gets it.

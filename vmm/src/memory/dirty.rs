@@ -28,9 +28,6 @@ mod ioctl {
     vmm_sys_util::ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 }
 
-/// Pages that KVM_CLEAR_DIRTY_LOG counts in: its ranges start at, and span, multiples of this.
-pub const CLEAR_ALIGN_PAGES: u64 = 64;
-
 /// The memory slots of a VM and their dirty log. Slot n is region n of the mapping.
 pub struct DirtyLog {
     vm: Arc<VmFd>,
@@ -123,7 +120,7 @@ pub struct Rearmer {
 
 impl Rearmer {
     /// Clears the log of the pages whose bit is set in `bits`, of region `slot` from `first_page` on (a multiple of
-    /// [`CLEAR_ALIGN_PAGES`]): writes from now on are logged anew. Nothing to do where reading the log has done it.
+    /// 64, as KVM wants it): writes from now on are logged anew. Nothing to do where reading the log has done it.
     pub fn rearm(&self, slot: u32, first_page: u64, bits: &[u64]) -> Result<(), MemoryError> {
         if !self.manual_protect || bits.iter().all(|word| *word == 0) {
             return Ok(());
