@@ -75,11 +75,7 @@ impl GuestPages for EndpointMemory {
     fn find_zero(&self, chunk: u64, wanted: &ChunkBits) -> io::Result<ChunkBits> {
         let mut zero = ChunkBits::default();
         for run in wanted.runs(chunk * CHUNK_PAGES) {
-            for page in range(run) {
-                if self.pages.is_zero(page)? {
-                    zero.set(page - chunk * CHUNK_PAGES);
-                }
-            }
+            self.pages.find_zero(range(run), |page| zero.set(page - chunk * CHUNK_PAGES))?;
         }
         Ok(zero)
     }

@@ -187,6 +187,7 @@ impl Vm {
             dirty,
             fd,
             memory,
+            touched: host.touched.clone(),
             config,
             cpu,
             msr_indices: host.msr_indices.clone(),

@@ -9,6 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::arch::cpuid::{self, CpuidError};
 
+pub mod touched;
+
+use touched::Touched;
+
 /// Why no VM can run here.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
@@ -74,6 +78,8 @@ pub struct Host {
     pub cpuid: Vec<kvm_cpuid_entry2>,
     /// The MSRs that are part of a vCPU's state here.
     pub msr_indices: Vec<u32>,
+    /// The page table of this process: opened once, while files can be.
+    pub touched: Touched,
 }
 
 impl Host {
@@ -99,7 +105,7 @@ impl Host {
         }
         let cpuid = cpuid::supported(&kvm)?;
         let msr_indices = kvm.get_msr_index_list().map_err(HostError::Msrs)?.as_slice().to_vec();
-        Ok(Host { kvm, cpuid, msr_indices })
+        Ok(Host { kvm, cpuid, msr_indices, touched: Touched::open() })
     }
 
     /// The TSC frequency that a guest gets here, if KVM tells.

@@ -16,6 +16,7 @@ use crate::devices::io_thread::IoThread;
 use crate::devices::power::PowerDevice;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::{MmioTransport, Net, NetAddresses, NetStatistics, SharedDevice};
+use crate::host::touched::Touched;
 use crate::memory::dirty::{DirtyLog, Rearmer};
 use crate::memory::pages::Pages;
 use crate::memory::{self, MemoryError, SharedMemory};
@@ -50,6 +51,7 @@ pub struct Vm {
     pub(crate) dirty: DirtyLog,
     pub(crate) fd: Arc<VmFd>,
     pub(crate) memory: SharedMemory,
+    pub(crate) touched: Touched,
     pub(crate) config: VmConfig,
     pub(crate) cpu: GuestCpu,
     pub(crate) msr_indices: Vec<u32>,
@@ -69,7 +71,7 @@ impl Vm {
 
     /// The guest's memory as pages.
     pub fn pages(&self) -> Pages {
-        Pages::new(self.memory.clone())
+        Pages::new(self.memory.clone(), self.touched.clone())
     }
 
     /// Where its RAM is.
