@@ -158,6 +158,9 @@ pub struct MigrateArgs {
     /// Send pages no faster than this: 100M (bytes a second) or 1gbit
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub bandwidth: Option<u64>,
+    /// TCP connections over which pages go, 1 to 16: more than one helps where one does not fill the link
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub streams: u16,
     /// How memory moves
     #[arg(long, value_enum, default_value_t = Mode::PreCopy)]
     pub mode: Mode,

@@ -52,6 +52,23 @@ fn two_vcpus() {
 }
 
 #[test]
+fn several_page_streams() {
+    let Some(net) = hosts() else { return };
+    let pulse = net.a.pulse("web", "--memory 64M", "ws=16M rate=200M pattern=random");
+    for (from, to, streams) in [(&net.a, &net.b, 4), (&net.b, &net.a, 16)] {
+        let report = from.moves("web", to, &format!("--verify --streams {streams}"));
+        pulse.is_well(to);
+        // Each stream closes each round with a frame of its own: 160 bytes that belong to no chunk.
+        for round in report["rounds"].as_array().unwrap() {
+            let frames = number(round, "bytes_sent") - 4096 * number(round, "pages");
+            assert!(frames.is_multiple_of(160) && frames >= 160 * streams, "{streams} streams: {round}");
+        }
+    }
+    let said = net.a.microvm("migrate web --to 127.0.0.1 --streams 17");
+    assert!(said.code() == 2 && said.stderr.contains("17 is not in 1..=16"), "{said:?}");
+}
+
+#[test]
 fn stop_and_copy() {
     let Some(net) = hosts() else { return };
     let pulse = net.a.pulse("web", "--memory 64M", "ws=16M rate=200M");

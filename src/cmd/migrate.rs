@@ -25,6 +25,7 @@ pub fn run(runtime: &Runtime, args: &MigrateArgs) -> Result<u8> {
         max_downtime_us: args.max_downtime.as_micros() as u64,
         timeout_ms: args.timeout.map(|t| t.as_millis() as u64),
         bandwidth: args.bandwidth,
+        streams: args.streams,
         mode: args.mode,
         verify: args.verify,
     };

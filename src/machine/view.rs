@@ -45,6 +45,8 @@ pub struct MigrateRequest {
     pub timeout_ms: Option<u64>,
     /// Cap, bytes a second.
     pub bandwidth: Option<u64>,
+    /// Page streams.
+    pub streams: u16,
     /// `pre-copy` or `stop-and-copy`.
     pub mode: Mode,
     /// Compare hashes of all memory at the switchover.
@@ -74,6 +76,7 @@ impl MigrateRequest {
             max_downtime: Duration::from_micros(self.max_downtime_us),
             timeout: self.timeout_ms.map(Duration::from_millis),
             bandwidth: self.bandwidth,
+            streams: self.streams,
             verify: self.verify,
             ..Options::default()
         }
