@@ -311,7 +311,11 @@ mod tests {
         pages.copy_in(70, &[0; 4096]).unwrap();
         let touched = || {
             let mut all = Vec::new();
-            pages.look(&(0..128), |page, touched| Ok(all.extend(touched.then_some(page)))).unwrap();
+            let note = |page, touched: bool| {
+                all.extend(touched.then_some(page));
+                Ok(())
+            };
+            pages.look(&(0..128), note).unwrap();
             all
         };
         let mut zero = Vec::new();
