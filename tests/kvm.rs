@@ -155,6 +155,33 @@ fn pausing_stops_all_of_it_and_resuming_goes_on() {
 }
 
 #[test]
+fn a_guest_that_is_slowed_down_does_less_and_stops_at_once() {
+    let Some(host) = host() else { return };
+    let Machine { mut vm, output, .. } = pulse(&host, 1, "ws=8M rate=64G report=10ms");
+    let work = |output: &Output| {
+        let written = || wait("a report", || output.latest("pages_written"));
+        let before = written();
+        std::thread::sleep(Duration::from_millis(500));
+        written() - before
+    };
+    let free = work(&output);
+    vm.throttle(950).unwrap();
+    // One that gets a twentieth of its time does less than half, however busy the machine is.
+    assert!(work(&output) < free / 2, "{free} pages before");
+    for _ in 0..50 {
+        vm.pause().unwrap();
+        vm.resume();
+    }
+    vm.throttle(10).unwrap();
+    output.is_well();
+    vm.throttle(0).unwrap();
+    output.is_well();
+    vm.throttle(990).unwrap();
+    // Ending a VM ends its throttle.
+    drop(vm);
+}
+
+#[test]
 fn it_goes_on_in_another_vm_with_its_memory_and_state() {
     let Some(host) = host() else { return };
     for cpus in [1, 2] {

@@ -178,7 +178,8 @@ impl Vm {
             vcpus.push(Vcpu::new(id, vcpu, exits.clone())?);
         }
         Ok(Vm {
-            vcpus,
+            throttle: None,
+            vcpus: vcpus.into(),
             io,
             virtio,
             nets,
@@ -204,7 +205,7 @@ impl Vm {
 
     /// The first vCPU gets the boot protocol's registers; the others wait for INIT and SIPI as KVM made them.
     fn set_boot_registers(&self, entry: Entry, memory: &SharedMemory) -> Result<(), BuildError> {
-        for vcpu in &self.vcpus {
+        for vcpu in self.vcpus.iter() {
             let fd = vcpu.fd();
             msr::write(&fd, &msr::boot_entries())?;
             if vcpu.id() == 0 {

@@ -20,6 +20,7 @@ use crate::host::touched::Touched;
 use crate::memory::dirty::{DirtyLog, Rearmer};
 use crate::memory::pages::Pages;
 use crate::memory::{self, MemoryError, SharedMemory};
+use crate::vcpu::throttle::Throttle;
 use crate::vcpu::{Vcpu, VcpuError};
 
 /// Whether the guest makes progress.
@@ -42,7 +43,8 @@ pub struct GuestCpu {
 
 /// One virtual machine. Field order is drop order: threads end before what they use is gone.
 pub struct Vm {
-    pub(crate) vcpus: Vec<Vcpu>,
+    pub(crate) throttle: Option<Throttle>,
+    pub(crate) vcpus: Arc<[Vcpu]>,
     pub(crate) io: IoThread,
     pub(crate) virtio: Vec<Arc<Mutex<MmioTransport>>>,
     pub(crate) nets: Vec<SharedDevice<Net>>,
@@ -140,11 +142,22 @@ impl Vm {
             }
             self.vcpus.iter().for_each(Vcpu::wait_parked);
             self.io.pause();
-            for vcpu in &self.vcpus {
+            for vcpu in self.vcpus.iter() {
                 // Tells a guest with kvm-clock that it was stopped, so that its watchdogs do not bark; EINVAL without one.
                 let _ = vcpu.fd().kvmclock_ctrl();
             }
             self.state = RunState::Paused;
+        }
+        Ok(())
+    }
+
+    /// Takes `permille` thousandths (at most [`crate::vcpu::throttle::MAX_PERMILLE`]) of each vCPU's time from the guest, in rests of half a millisecond; 0
+    /// gives it all back.
+    pub fn throttle(&mut self, permille: u16) -> io::Result<()> {
+        match &self.throttle {
+            _ if permille == 0 => self.throttle = None,
+            Some(throttle) => throttle.set(permille),
+            None => self.throttle = Some(Throttle::start(self.vcpus.clone(), permille)?),
         }
         Ok(())
     }

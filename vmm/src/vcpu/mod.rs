@@ -9,7 +9,7 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -19,6 +19,7 @@ use crate::devices::power::GuestEvents;
 
 mod run_loop;
 pub mod state;
+pub mod throttle;
 mod tsc;
 
 /// A vCPU could not be made or steered.
@@ -62,6 +63,8 @@ struct Shared {
     parked: bool,
     /// When KVM_RUN was first called after the last resume.
     resumed_at: Option<Instant>,
+    /// So long it is to rest before it enters the guest again.
+    rest: Duration,
 }
 
 impl Control {
@@ -112,7 +115,7 @@ impl Vcpu {
         register_signal_handler(SIGRTMIN(), only_interrupt).map_err(|source| VcpuError::Signal { id, source })?;
         let immediate_exit = ImmediateExit((&raw const fd.get_kvm_run().immediate_exit).cast());
         let fd = Arc::new(Mutex::new(fd));
-        let shared = Shared { wanted: Wanted::Parked, parked: true, resumed_at: None };
+        let shared = Shared { wanted: Wanted::Parked, parked: true, resumed_at: None, rest: Duration::ZERO };
         let control = Arc::new(Control { shared: Mutex::new(shared), changed: Condvar::new() });
         let thread = {
             let (fd, control) = (fd.clone(), control.clone());
@@ -139,7 +142,10 @@ impl Vcpu {
 
     /// Asks it to park; [`Self::wait_parked`] waits for it. Asking all before waiting for any stops all at once.
     pub fn request_pause(&self) -> Result<(), VcpuError> {
-        self.control.lock().wanted = Wanted::Parked;
+        let mut shared = self.control.lock();
+        (shared.wanted, shared.rest) = (Wanted::Parked, Duration::ZERO);
+        drop(shared);
+        self.control.changed.notify_all();
         self.interrupt()
     }
 
@@ -147,6 +153,17 @@ impl Vcpu {
         self.immediate_exit.set();
         let thread = self.thread.as_ref().expect("the thread is joined only in drop");
         thread.kill(SIGRTMIN()).map_err(|source| VcpuError::Signal { id: self.id, source })
+    }
+
+    /// Takes it out of the guest, if it is there, for so long; a pause ends the rest.
+    fn rest(&self, time: Duration) -> Result<(), VcpuError> {
+        let mut shared = self.control.lock();
+        if shared.wanted == Wanted::Running {
+            shared.rest = time;
+            drop(shared);
+            self.interrupt()?;
+        }
+        Ok(())
     }
 
     /// Waits until it is parked.

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{Control, Exits, Wanted};
+use super::{Control, Exits, Shared, Wanted};
 use crate::devices::power::GuestEvent;
 
 /// Runs until the vCPU is dropped.
@@ -75,7 +75,14 @@ fn run_until_parked(fd: &mut VcpuFd, control: &Control, exits: &Exits) -> Option
             Err(error) if error.errno() == libc::EINTR => {
                 // Only here may the vCPU park: KVM_RUN has completed the access of the exit before.
                 fd.set_kvm_immediate_exit(0);
-                if control.lock().wanted != Wanted::Running {
+                let mut shared = control.lock();
+                let rest = std::mem::take(&mut shared.rest);
+                if !rest.is_zero() {
+                    let running = |s: &mut Shared| s.wanted == Wanted::Running;
+                    let rested = control.changed.wait_timeout_while(shared, rest, running);
+                    shared = rested.expect("no holder of the vCPU lock panics").0;
+                }
+                if shared.wanted != Wanted::Running {
                     return None;
                 }
                 continue;
