@@ -131,14 +131,15 @@ pub struct Source {
 impl Source {
     /// The machine's VM, described as it is now.
     pub fn new(machine: Arc<Machine>, host: &Host) -> anyhow::Result<Self> {
+        let here = host.facts();
         let (description, memory) = machine.with_vm(|vm| {
             let facts = SourceFacts {
                 spec: machine.spec.clone(),
                 cpuid: vm.cpu().cpuid[0].iter().map(|e| [e.function, e.index, e.eax, e.ebx, e.ecx, e.edx]).collect(),
                 tsc_khz: vm.cpu().tsc_khz,
-                kvm: vmm::host::kvm_kind(),
-                cpu_model: host.facts().cpu_model,
-                cpu_vendor: vmm::arch::cpuid::vendor(&host.cpuid),
+                kvm: here.kvm,
+                cpu_model: here.cpu_model,
+                cpu_vendor: here.cpu_vendor,
             };
             let description = VmDescription {
                 name: machine.spec.name.clone(),

@@ -106,8 +106,8 @@ pub(crate) fn interrupt_line(vm: &VmFd, gsi: u32) -> Result<EventFd, BuildError>
 }
 
 /// Refuses memory that the host cannot give: an overcommitted guest is killed later, in the middle of its work.
-fn check_host_memory(bytes: u64) -> Result<(), BuildError> {
-    let (total, available) = crate::host::memory();
+fn check_host_memory(host: &Host, bytes: u64) -> Result<(), BuildError> {
+    let (total, available) = host.memory();
     if available > 0 && bytes > available {
         let [wanted_mib, available_mib, total_mib] = [bytes, available, total].map(|b| b >> 20);
         return Err(BuildError::HostMemory { wanted_mib, available_mib, total_mib });
@@ -141,7 +141,7 @@ impl Vm {
         events: GuestEvents,
     ) -> Result<Self, BuildError> {
         config.validate()?;
-        check_host_memory(config.memory_bytes)?;
+        check_host_memory(host, config.memory_bytes)?;
         let fd = Arc::new(host.kvm.create_vm().map_err(kvm("KVM_CREATE_VM"))?);
         fd.set_tss_address(KVM_TSS as usize).map_err(kvm("KVM_SET_TSS_ADDR"))?;
         fd.set_identity_map_address(KVM_IDENTITY_MAP).map_err(kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;

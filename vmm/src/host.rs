@@ -1,7 +1,9 @@
 //! What this host can do: KVM and its capabilities, its CPU, its memory. Every lack is named.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader};
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 
 use kvm_bindings::{KVM_API_VERSION, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
@@ -29,7 +31,7 @@ pub enum HostError {
     Permission,
     /// Opening failed otherwise.
     #[error("/dev/kvm cannot be opened")]
-    Open(#[source] std::io::Error),
+    Open(#[source] io::Error),
     /// An ancient kernel.
     #[error(
         "/dev/kvm answers with API version {found}, KVM with {KVM_API_VERSION} (since Linux 2.6.22): is that device KVM's?"
@@ -80,6 +82,15 @@ pub struct Host {
     pub msr_indices: Vec<u32>,
     /// The page table of this process: opened once, while files can be.
     pub touched: Touched,
+    cpu: Cpu,
+    kernel: String,
+    meminfo: Option<File>,
+}
+
+/// What /proc/cpuinfo says.
+struct Cpu {
+    model: String,
+    kvm: KvmKind,
 }
 
 impl Host {
@@ -105,7 +116,21 @@ impl Host {
         }
         let cpuid = cpuid::supported(&kvm)?;
         let msr_indices = kvm.get_msr_index_list().map_err(HostError::Msrs)?.as_slice().to_vec();
-        Ok(Host { kvm, cpuid, msr_indices, touched: Touched::open() })
+        let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
+        let meminfo = File::open("/proc/meminfo").ok();
+        Ok(Host { kvm, cpuid, msr_indices, touched: Touched::open(), cpu: Cpu::look(), kernel, meminfo })
+    }
+
+    /// Total and available RAM in bytes, as of now; zeros where /proc/meminfo cannot be read.
+    pub fn memory(&self) -> (u64, u64) {
+        let mut text = [0; 4096];
+        let length = self.meminfo.as_ref().and_then(|file| file.read_at(&mut text, 0).ok()).unwrap_or(0);
+        let text = String::from_utf8_lossy(&text[..length]);
+        let kib = |key: &str| -> u64 {
+            let line = text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'));
+            line.and_then(|l| l.trim().strip_suffix(" kB")?.parse().ok()).unwrap_or(0)
+        };
+        (kib("MemTotal") << 10, kib("MemAvailable") << 10)
     }
 
     /// The TSC frequency that a guest gets here, if KVM tells.
@@ -116,12 +141,12 @@ impl Host {
 
     /// What a person or a peer wants to know of this host.
     pub fn facts(&self) -> HostFacts {
-        let (memory_bytes, memory_available_bytes) = memory();
+        let (memory_bytes, memory_available_bytes) = self.memory();
         HostFacts {
-            cpu_model: cpuinfo("model name").unwrap_or_else(|| "unknown".into()),
+            cpu_model: self.cpu.model.clone(),
             cpu_vendor: cpuid::vendor(&self.cpuid),
-            kernel: read_trimmed("/proc/sys/kernel/osrelease"),
-            kvm: kvm_kind(),
+            kernel: self.kernel.clone(),
+            kvm: self.cpu.kvm,
             max_vcpus: self.kvm.get_nr_vcpus(),
             tsc_scaling: self.kvm.check_extension(Cap::TscControl),
             manual_dirty_log: self.kvm.check_extension_raw(kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into()) > 0,
@@ -171,27 +196,21 @@ pub struct HostFacts {
     pub memory_available_bytes: u64,
 }
 
-fn read_trimmed(path: &str) -> String {
-    fs::read_to_string(path).map_or_else(|_| "unknown".into(), |s| s.trim().to_string())
-}
-
-fn cpuinfo(key: &str) -> Option<String> {
-    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
-    text.lines().find_map(|l| l.split_once(':').filter(|(k, _)| k.trim() == key)).map(|(_, v)| v.trim().to_string())
-}
-
-/// KVM without VMX and SVM is a software one.
-pub fn kvm_kind() -> KvmKind {
-    let flags = cpuinfo("flags").unwrap_or_default();
-    if flags.split(' ').any(|f| f == "vmx" || f == "svm") { KvmKind::Hardware } else { KvmKind::Software }
-}
-
-/// Total and available RAM of the host in bytes, from /proc/meminfo; zeros where it cannot be read.
-pub fn memory() -> (u64, u64) {
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib = |key: &str| -> u64 {
-        let line = text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'));
-        line.and_then(|l| l.trim().strip_suffix(" kB")?.parse().ok()).unwrap_or(0)
-    };
-    (kib("MemTotal") << 10, kib("MemAvailable") << 10)
+impl Cpu {
+    /// Looks at the first CPU: there is one paragraph for each.
+    fn look() -> Self {
+        let (mut model, mut flags) = (None, None);
+        let lines = File::open("/proc/cpuinfo").map(|file| BufReader::new(file).lines());
+        for line in lines.into_iter().flatten().map_while(io::Result::ok).take_while(|line| !line.is_empty()) {
+            match line.split_once(':').map(|(key, value)| (key.trim(), value.trim())) {
+                Some(("model name", value)) => model = Some(value.to_string()),
+                Some(("flags", value)) => flags = Some(value.to_string()),
+                _ => {}
+            }
+        }
+        // KVM without VMX and SVM is a software one.
+        let hardware = flags.is_some_and(|flags| flags.split(' ').any(|flag| flag == "vmx" || flag == "svm"));
+        let kvm = if hardware { KvmKind::Hardware } else { KvmKind::Software };
+        Cpu { model: model.unwrap_or_else(|| "unknown".into()), kvm }
+    }
 }
