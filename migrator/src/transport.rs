@@ -4,7 +4,7 @@
 //! hands the socket over) or for another layer (TLS).
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -100,17 +100,27 @@ impl ConnectError {
 pub struct TcpDialer {
     peer: String,
     timeouts: Timeouts,
+    addresses: Option<Result<Vec<SocketAddr>, String>>,
 }
 
 impl TcpDialer {
     /// For `host:port`.
     pub fn new(peer: impl Into<String>, timeouts: Timeouts) -> Self {
-        Self { peer: peer.into(), timeouts }
+        Self { peer: peer.into(), timeouts, addresses: None }
+    }
+
+    /// Takes these addresses (or, instead of them, why there are none) and never looks the name up: for a process that cannot.
+    pub fn with_addresses(self, addresses: Result<Vec<SocketAddr>, String>) -> Self {
+        Self { addresses: Some(addresses), ..self }
     }
 
     fn connect(&self) -> Result<TcpStream, ConnectError> {
         let peer = || self.peer.clone();
-        let addresses = self.peer.to_socket_addrs().map_err(|source| ConnectError::Resolve { peer: peer(), source })?;
+        let addresses = match &self.addresses {
+            Some(known) => known.clone().map_err(io::Error::other),
+            None => self.peer.to_socket_addrs().map(Iterator::collect),
+        };
+        let addresses = addresses.map_err(|source| ConnectError::Resolve { peer: peer(), source })?;
         let mut failure = io::Error::new(io::ErrorKind::NotFound, "the name has no addresses");
         for address in addresses {
             match TcpStream::connect_timeout(&address, self.timeouts.connect) {
