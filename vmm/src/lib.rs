@@ -6,6 +6,7 @@ pub mod config;
 pub mod devices;
 pub mod host;
 pub mod memory;
+pub mod sandbox;
 pub mod snapshot;
 pub mod vcpu;
 pub mod vm;

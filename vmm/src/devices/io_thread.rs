@@ -20,6 +20,8 @@ use rustix::event::{Timespec, epoll};
 use tracing::{error, warn};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::sandbox::{self, ThreadKind};
+
 /// What a handler wants after its piece of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
@@ -364,6 +366,7 @@ impl Drop for FinishedGuard<'_> {
 
 fn run(shared: &Shared) {
     let _guard = FinishedGuard(shared);
+    sandbox::confine(ThreadKind::Devices);
     lock(&shared.gate).thread = Some(std::thread::current().id());
     let mut unfinished: VecDeque<(SourceId, Wake)> = VecDeque::new();
     let mut events = Vec::with_capacity(EVENTS_PER_WAIT);

@@ -99,6 +99,19 @@ impl ImmediateExit {
     }
 }
 
+/// Sets up the signal that interrupts KVM_RUN, once a process. Done by the first vCPU, or earlier: in a sandbox the action of a
+/// signal cannot be changed any more.
+pub fn prepare_signal() -> Result<(), vmm_sys_util::errno::Error> {
+    extern "C" fn only_interrupt(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    static PREPARED: Mutex<bool> = Mutex::new(false);
+    let mut prepared = PREPARED.lock().expect("no holder of this lock panics");
+    if !*prepared {
+        register_signal_handler(SIGRTMIN(), only_interrupt)?;
+        *prepared = true;
+    }
+    Ok(())
+}
+
 /// One virtual CPU.
 pub struct Vcpu {
     id: u8,
@@ -111,8 +124,7 @@ pub struct Vcpu {
 impl Vcpu {
     /// Starts the thread of `fd`, parked.
     pub fn new(id: u8, mut fd: VcpuFd, exits: Exits) -> Result<Self, VcpuError> {
-        extern "C" fn only_interrupt(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-        register_signal_handler(SIGRTMIN(), only_interrupt).map_err(|source| VcpuError::Signal { id, source })?;
+        prepare_signal().map_err(|source| VcpuError::Signal { id, source })?;
         let immediate_exit = ImmediateExit((&raw const fd.get_kvm_run().immediate_exit).cast());
         let fd = Arc::new(Mutex::new(fd));
         let shared = Shared { wanted: Wanted::Parked, parked: true, resumed_at: None, rest: Duration::ZERO };

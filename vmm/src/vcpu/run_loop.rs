@@ -7,9 +7,11 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::{Control, Exits, Shared, Wanted};
 use crate::devices::power::GuestEvent;
+use crate::sandbox::{self, ThreadKind};
 
 /// Runs until the vCPU is dropped.
 pub(super) fn run(id: u8, fd: &Mutex<VcpuFd>, control: &Control, exits: &Exits) {
+    sandbox::confine(ThreadKind::Vcpu);
     loop {
         {
             let mut shared = control.lock();

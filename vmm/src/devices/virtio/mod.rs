@@ -23,7 +23,7 @@ pub mod state;
 
 pub use cell::{DeviceCell, SharedDevice};
 pub use mmio::{MMIO_RANGE_BYTES, MmioTransport, Notification};
-pub use net::{MacAddress, Net, NetAddresses, NetConfig, NetStatistics, Tap, TapError};
+pub use net::{MacAddress, Net, NetAddresses, NetConfig, NetStatistics, Tap, TapError, Unplug};
 pub use rng::Rng;
 pub use state::{MmioTransportState, RestoreError};
 

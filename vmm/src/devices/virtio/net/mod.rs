@@ -15,7 +15,7 @@ mod tx;
 pub use addresses::{MacAddress, MacAddressError, NetAddresses};
 pub use device::{Net, NetConfig, NetStatistics};
 pub use state::NetState;
-pub use tap::{Tap, TapError};
+pub use tap::{Tap, TapError, Unplug};
 
 use std::io;
 use std::os::fd::AsFd;

@@ -83,9 +83,9 @@ pub struct Tap {
     unplug: Option<Unplug>,
 }
 
-/// Takes an interface out of a bridge again.
+/// Takes an interface out of a bridge again when it is dropped.
 #[derive(Debug)]
-struct Unplug {
+pub struct Unplug {
     tap: String,
     bridge: String,
     ipv6_was_on: bool,
@@ -138,6 +138,19 @@ impl Tap {
     /// The interface's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The duty to take the TAP out of its bridge, if there is one, for a process that will still be allowed to.
+    pub fn take_unplug(&mut self) -> Option<Unplug> {
+        self.unplug.take()
+    }
+
+    /// The same TAP, for a machine that is built anew where nothing can be opened any more; without offloads, which the new one
+    /// has not asked for.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let tap = Self { file: self.file.try_clone()?, name: self.name.clone(), unplug: None };
+        tap.set_offloads(0)?;
+        Ok(tap)
     }
 
     fn error(&self, what: &'static str, source: io::Error) -> TapError {
