@@ -133,6 +133,9 @@ pub struct RunArgs {
     /// announce after a migration; others are learned from what the guest sends. May be given several times.
     #[arg(long, value_name = "SPEC")]
     pub net: Vec<String>,
+    /// What holds its process.
+    #[command(flatten)]
+    pub cage: CageArgs,
     /// Run in the background
     #[arg(short, long)]
     pub detach: bool,
@@ -189,6 +192,22 @@ pub struct AgentArgs {
     /// Put VMs that were on a bridge elsewhere on this bridge here
     #[arg(long, value_name = "NAME")]
     pub bridge: Option<String>,
+    /// What holds the processes of VMs that come.
+    #[command(flatten)]
+    pub cage: CageArgs,
+}
+
+/// What holds a VM's process.
+#[derive(Debug, Args)]
+pub struct CageArgs {
+    /// Put the VM's process into this cgroup, a directory below /sys/fs/cgroup
+    #[arg(long, value_name = "DIR")]
+    pub cgroup: Option<PathBuf>,
+    /// Give the VM's process no sandbox
+    ///
+    /// A guest that breaks out of KVM then has all rights of whoever typed this command. For looking into what goes wrong.
+    #[arg(long)]
+    pub no_sandbox: bool,
 }
 
 /// `receive`.

@@ -176,6 +176,24 @@ impl VmDir {
         Ok(())
     }
 
+    /// A directory with nothing in it: the VM's process has it as its root.
+    pub fn empty_root(&self) -> Result<PathBuf> {
+        let path = self.file("root");
+        fs::DirBuilder::new()
+            .mode(0o555)
+            .recursive(true)
+            .create(&path)
+            .with_context(|| format!("cannot make the folder {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// Removes the sockets of a VM that has ended.
+    pub fn remove_sockets(&self) {
+        for socket in [self.control_socket(), self.console_socket()] {
+            let _ = fs::remove_file(socket);
+        }
+    }
+
     /// The source's handoff journal.
     pub fn journal(&self) -> PathBuf {
         self.file("journal")

@@ -24,6 +24,7 @@ mod requests;
 
 use crate::cli::{AgentArgs, DEFAULT_PORT};
 use crate::client;
+use crate::machine::sandbox::Cage;
 use crate::machine::{State, connections};
 use crate::runtime::{Runtime, VmDir};
 
@@ -49,6 +50,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 struct Agent {
     runtime: Runtime,
     bridge: Option<String>,
+    cage: Cage,
     timeouts: Timeouts,
     /// Where connections of a migration go: to the process that receives it.
     arrivals: Mutex<HashMap<MigrationId, UnixStream>>,
@@ -66,6 +68,7 @@ pub fn run(runtime: &Runtime, args: &AgentArgs, service: Service) -> Result<u8> 
     let agent = Arc::new(Agent {
         runtime: runtime.clone(),
         bridge: args.bridge.clone(),
+        cage: args.cage.settings()?,
         timeouts: Timeouts::default(),
         arrivals: Mutex::default(),
         accepted,

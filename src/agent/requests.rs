@@ -90,7 +90,8 @@ impl Handler<'_> {
                 tracing::warn!(vm = left.name(), "{error:#}");
             }
         };
-        let started = spawn::vm_process(|fd| Start { spec, arrival: fd.map(arrival) }, Some(theirs), ended);
+        let cage = agent.cage.clone();
+        let started = spawn::vm_process(|fd| Start { spec, arrival: fd.map(arrival), cage }, Some(theirs), ended);
         if started.is_err() {
             agent.arrivals.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         }

@@ -1,7 +1,7 @@
 //! `microvm logs`.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Seek, Write};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -21,6 +21,10 @@ pub fn run(runtime: &Runtime, args: &LogsArgs) -> Result<u8> {
     let mut out = io::stdout().lock();
     loop {
         let alive = args.follow && dir.is_held()?;
+        // It is shorter than what was read of it: it has begun anew.
+        if log.metadata()?.len() < log.stream_position()? {
+            log.rewind()?;
+        }
         let copied = io::copy(&mut log, &mut out).and_then(|n| out.flush().map(|()| n));
         match copied {
             // Whoever reads us has seen enough.

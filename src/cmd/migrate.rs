@@ -11,7 +11,7 @@ use super::inspect::progress;
 use crate::cli::MigrateArgs;
 use crate::client::{self, Conversation};
 use crate::machine::exit_code;
-use crate::machine::view::{Answer, MigrateRequest, ProgressView, Request};
+use crate::machine::view::{Answer, MigrateRequest, ProgressView, Request, resolve};
 use crate::runtime::Runtime;
 use crate::units::format_bytes;
 
@@ -22,6 +22,7 @@ const LINE_EVERY: Duration = Duration::from_secs(1);
 pub fn run(runtime: &Runtime, args: &MigrateArgs) -> Result<u8> {
     let request = MigrateRequest {
         to: args.to.clone(),
+        addresses: resolve(&args.to),
         max_downtime_us: args.max_downtime.as_micros() as u64,
         timeout_ms: args.timeout.map(|t| t.as_millis() as u64),
         bandwidth: args.bandwidth,

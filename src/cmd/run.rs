@@ -25,15 +25,16 @@ const INTERRUPTED: u8 = 130;
 /// Carries it out.
 pub fn run(runtime: &Runtime, args: RunArgs) -> Result<u8> {
     let (detach, json) = (args.detach, args.json);
+    let cage = args.cage.settings()?;
     let spec = spec(args).map_err(Usage)?;
     for net in &spec.nets {
         check_mac_is_free(runtime, &spec.name, net)?;
     }
     // Here, where the user sees it at once; the process reads them again.
-    spec.boot.read()?;
+    spec.boot.open()?.read()?;
     let dir = runtime.vm(&spec.name)?;
     let name = spec.name.clone();
-    spawn::vm_process(|_| Start { spec, arrival: None }, None, || ())?;
+    spawn::vm_process(|_| Start { spec, arrival: None, cage }, None, || ())?;
     if detach {
         if json {
             println!("{}", serde_json::to_string(&client::inspect(runtime, &name)?)?);
@@ -79,7 +80,7 @@ fn ended(dir: &VmDir) -> Result<u8> {
 
 /// What the user asked for, checked as far as it needs no look at the host.
 fn spec(args: RunArgs) -> Result<MachineSpec> {
-    let RunArgs { name, cpus, memory, kernel, initrd, cmdline, net, detach: _, json: _ } = args;
+    let RunArgs { name, cpus, memory, kernel, initrd, cmdline, net, cage: _, detach: _, json: _ } = args;
     let name = match name {
         Some(name) => name,
         None => format!("vm-{}", &MigrationId::random()?.to_string()[..6]),

@@ -5,13 +5,15 @@
 //! so that a slow disk or client never holds up the guest, and a flood is dropped (and counted) rather than kept.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
+
+use vmm::sandbox::{self, ThreadKind};
 
 /// Output that waits to be moved; a guest that is faster than the disk for long loses what is beyond.
 const MAX_WAITING_BYTES: usize = 4 << 20;
@@ -56,16 +58,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Console {
-    /// Starts the mover, writing to the log at `log`.
-    pub fn start(log: PathBuf) -> io::Result<Self> {
+    /// Starts the mover, writing to `log`.
+    pub fn start(mut log: Log) -> io::Result<Self> {
         let console = Console {
             output: Arc::new((Mutex::new(Output { waiting: Vec::new(), dropped: 0, closed: false }), Condvar::new())),
             viewers: Arc::new(Mutex::new(Viewers { backlog: Vec::new(), clients: Vec::new() })),
             drained: Arc::default(),
         };
-        let mut log = Log::open(log)?;
         let mover = console.clone();
         thread::Builder::new().name("console".into()).spawn(move || {
+            sandbox::confine(ThreadKind::Console);
             while let Some(bytes) = mover.next() {
                 if let Err(error) = log.write(&bytes) {
                     tracing::warn!(%error, "the console's log cannot be written");
@@ -88,6 +90,7 @@ impl Console {
         let console = self.clone();
         let input = Arc::new(input);
         thread::Builder::new().name("console-accept".into()).spawn(move || {
+            sandbox::confine(ThreadKind::Console);
             for client in listener.incoming().flatten() {
                 let (console, input) = (console.clone(), input.clone());
                 let spawned = thread::Builder::new().name("console-in".into()).spawn(move || {
@@ -195,28 +198,41 @@ impl Write for ConsoleWriter {
     }
 }
 
-/// The log file, of bounded size.
-struct Log {
-    path: PathBuf,
+/// The log file, of bounded size, and the file that its older part goes to. Both are open from the start: the process cannot open
+/// any later.
+pub struct Log {
     file: File,
+    older: File,
     bytes: u64,
 }
 
 impl Log {
-    fn open(path: PathBuf) -> io::Result<Self> {
-        let file = File::options().create(true).append(true).open(&path)?;
+    /// Opens the log at `path`; the older part is `path` with `.1`.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = File::options().create(true).read(true).append(true).open(path)?;
+        let older = File::options().create(true).truncate(false).write(true).open(path.with_extension("log.1"))?;
         let bytes = file.metadata()?.len();
-        Ok(Log { path, file, bytes })
+        Ok(Log { file, older, bytes })
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if self.bytes > MAX_LOG_BYTES {
-            std::fs::rename(&self.path, self.path.with_extension("log.1"))?;
-            self.file = File::options().create(true).append(true).open(&self.path)?;
-            self.bytes = 0;
-        }
+        let moved = if self.bytes > MAX_LOG_BYTES { self.begin_anew() } else { Ok(()) };
         self.bytes += bytes.len() as u64;
-        self.file.write_all(bytes)
+        self.file.write_all(bytes)?;
+        moved
+    }
+
+    fn begin_anew(&mut self) -> io::Result<()> {
+        let moved = (|| {
+            self.older.set_len(0)?;
+            self.older.rewind()?;
+            self.file.rewind()?;
+            io::copy(&mut self.file, &mut self.older)
+        })();
+        // On a full disk, too: what cannot be kept is lost.
+        self.file.set_len(0)?;
+        self.bytes = 0;
+        moved.map(|_| ())
     }
 }
 
@@ -227,7 +243,7 @@ mod tests {
     #[test]
     fn output_reaches_the_log_and_clients_and_input_the_guest() {
         let dir = tempfile::tempdir().unwrap();
-        let console = Console::start(dir.path().join("console.log")).unwrap();
+        let console = Console::start(Log::open(&dir.path().join("console.log")).unwrap()).unwrap();
         let listener = UnixListener::bind(dir.path().join("sock")).unwrap();
         let (typed, received) = std::sync::mpsc::channel();
         console.serve(listener, Box::new(move |bytes| typed.send(bytes.to_vec()).unwrap())).unwrap();
@@ -253,7 +269,7 @@ mod tests {
     #[test]
     fn a_flood_is_bounded_and_said() {
         let dir = tempfile::tempdir().unwrap();
-        let console = Console::start(dir.path().join("console.log")).unwrap();
+        let console = Console::start(Log::open(&dir.path().join("console.log")).unwrap()).unwrap();
         let mut writer = console.writer();
         let chunk = vec![b'x'; MAX_WAITING_BYTES + 1];
         writer.write_all(&chunk).unwrap();
@@ -270,11 +286,15 @@ mod tests {
     fn the_log_is_bounded() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("console.log");
-        let mut log = Log::open(path.clone()).unwrap();
-        for _ in 0..20 {
-            log.write(&vec![b'x'; 1 << 20]).unwrap();
+        let mut log = Log::open(&path).unwrap();
+        for n in 0..40 {
+            log.write(&vec![b'a' + n; 1 << 20]).unwrap();
         }
-        assert!(std::fs::metadata(&path).unwrap().len() <= MAX_LOG_BYTES);
-        assert!(dir.path().join("console.log.1").exists());
+        let older = std::fs::read(dir.path().join("console.log.1")).unwrap();
+        let both = [older, std::fs::read(&path).unwrap()];
+        assert!(both.iter().all(|part| part.len() as u64 <= MAX_LOG_BYTES + (1 << 20)));
+        // Nothing is lost in between, and the latest is there.
+        let said: Vec<u8> = both.concat().chunks(1 << 20).map(|chunk| chunk[0]).collect();
+        assert_eq!(said, (b'a' + 17..b'a' + 40).collect::<Vec<_>>());
     }
 }

@@ -11,10 +11,11 @@ use migrator::handle::Resolution;
 use migrator::transport::TcpDialer;
 use migrator::{MigrationHandle, MigrationId};
 use vmm::host::Host;
+use vmm::sandbox::{self, ThreadKind};
 
 use super::endpoint::Source;
 use super::view::{Answer, MigrateRequest, ProgressView, Request};
-use super::{Event, Machine};
+use super::{Event, Machine, lock};
 use crate::agent::with_port;
 
 /// The longest request.
@@ -27,6 +28,7 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 /// Answers `listener` for ever.
 pub fn serve(machine: Arc<Machine>, host: Arc<Host>, listener: UnixListener) -> std::io::Result<()> {
     thread::Builder::new().name("control".into()).spawn(move || {
+        sandbox::confine(ThreadKind::Control);
         for client in listener.incoming().flatten() {
             let (machine, host) = (machine.clone(), host.clone());
             let spawned = thread::Builder::new().name("control-client".into()).spawn(move || {
@@ -93,22 +95,22 @@ fn answer(machine: &Arc<Machine>, host: &Arc<Host>, request: Request, send: Send
 /// Starts moving the VM, in a thread of its own: whoever asked may go away.
 fn migrate(machine: &Arc<Machine>, host: &Arc<Host>, request: &MigrateRequest) -> Result<MigrationHandle> {
     let options = request.options();
-    let dialer = Arc::new(TcpDialer::new(with_port(&request.to), options.timeouts));
+    let dialer = TcpDialer::new(with_port(&request.to), options.timeouts).with_addresses(request.addresses.clone());
+    let dialer = Arc::new(dialer);
     let handle = MigrationHandle::new();
     machine.begin_migration(handle.clone(), request.to.clone(), false)?;
     let started = (|| {
         let mut source = Source::new(machine.clone(), host)?;
-        let mut journal = crate::runtime::create_journal(&machine.dir.journal())?;
         let id = MigrationId::random().context("the kernel gives no random numbers")?;
-        let (machine, handle) = (machine.clone(), handle.clone());
+        let (for_thread, handle) = (machine.clone(), handle.clone());
         let migration = move || {
-            let report = migrator::migrate(&mut source, id, dialer, &mut journal, &options, &handle);
+            let machine = for_thread;
+            let mut journal = lock(&machine.journal);
+            let report = migrator::migrate(&mut source, id, dialer, &mut *journal, &options, &handle);
+            drop(journal);
             machine.send(Event::MigrationOver(Box::new(report)));
         };
-        thread::Builder::new()
-            .name("migration".into())
-            .spawn(migration)
-            .context("the migration's thread cannot be started")
+        machine.opened.migrations.start(migration).context("the migration's thread cannot be started")
     })();
     if started.is_err() {
         machine.end_migration(None);

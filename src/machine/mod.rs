@@ -7,25 +7,30 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
+use migrator::journal::FileJournal;
 use migrator::{MigrationHandle, Outcome, Phase, Report};
 use serde::{Deserialize, Serialize};
 use vmm::devices::power::GuestEvent;
+use vmm::devices::virtio::Tap;
 use vmm::host::Host;
+use vmm::sandbox::Sandbox;
 use vmm::vm::{RunState, Vm};
 
 pub mod connections;
 pub mod console;
 pub mod control;
 pub mod endpoint;
+pub mod keeper;
 pub mod process;
+pub mod sandbox;
 pub mod spawn;
 pub mod spec;
 pub mod view;
 
-use crate::runtime::{Runtime, VmDir};
+use crate::runtime::VmDir;
 use console::Console;
-use spec::MachineSpec;
+use spec::{MachineSpec, OpenBoot};
 
 /// What wakes the main loop.
 #[derive(Debug)]
@@ -59,6 +64,13 @@ pub enum Exit {
     Killed,
     /// It lives on another host.
     Moved(String),
+    /// Its process did what it may not, and was ended.
+    Sandbox {
+        /// The number of the system call.
+        syscall: Option<u32>,
+        /// The name of the thread that made it.
+        thread: Option<String>,
+    },
 }
 
 impl Exit {
@@ -82,6 +94,12 @@ impl Exit {
             Exit::CannotReboot(why) => format!("{name} asked for a reboot and ended: {why}"),
             Exit::Killed => format!("{name} was stopped by force"),
             Exit::Moved(to) => format!("{name} was migrated to {to} and runs there"),
+            Exit::Sandbox { syscall: Some(syscall), thread: Some(thread) } => {
+                format!(
+                    "{name} was ended by its sandbox: the thread {thread} made system call {syscall}, which it may not"
+                )
+            }
+            Exit::Sandbox { .. } => format!("{name} was ended by its sandbox: it made a system call that it may not"),
         }
     }
 
@@ -116,10 +134,6 @@ struct Status {
 pub struct Machine {
     /// What the user asked for.
     pub spec: MachineSpec,
-    /// Its folder.
-    pub dir: VmDir,
-    /// The host's runtime folder.
-    pub runtime: Runtime,
     /// Its console.
     pub console: Console,
     vm: Mutex<Option<Vm>>,
@@ -127,6 +141,22 @@ pub struct Machine {
     changed: Condvar,
     events: Mutex<Sender<Event>>,
     started: SystemTime,
+    /// Of the attempts to move it away.
+    journal: Mutex<FileJournal>,
+    /// What was opened at the start.
+    opened: Opened,
+}
+
+/// What a machine needs and its process cannot get any more once it is in its sandbox.
+pub struct Opened {
+    /// The host's ends of the network interfaces; each boot takes copies. Empty once the VM is let go.
+    pub taps: Mutex<Vec<Tap>>,
+    /// The files that boot; why there are none is said at a reboot, which may never come, of a VM from another host.
+    pub boot: Result<OpenBoot>,
+    /// Where migrations run.
+    pub migrations: sandbox::Migrations,
+    /// What holds the process.
+    pub sandbox: Sandbox,
 }
 
 /// There is no VM: it is not built yet, or gone.
@@ -141,7 +171,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Machine {
     /// A machine without a VM.
-    pub fn new(spec: MachineSpec, dir: VmDir, runtime: Runtime, console: Console, events: Sender<Event>) -> Arc<Self> {
+    pub fn new(
+        spec: MachineSpec,
+        journal: FileJournal,
+        opened: Opened,
+        console: Console,
+        events: Sender<Event>,
+    ) -> Arc<Self> {
         let status = Status {
             guest_end: None,
             panicked: false,
@@ -153,14 +189,14 @@ impl Machine {
         };
         Arc::new(Machine {
             spec,
-            dir,
-            runtime,
             console,
             vm: Mutex::new(None),
             status: Mutex::new(status),
             changed: Condvar::new(),
             events: Mutex::new(events),
             started: SystemTime::now(),
+            journal: Mutex::new(journal),
+            opened,
         })
     }
 
@@ -189,7 +225,8 @@ impl Machine {
                 machine.guest_did(boot, event);
             }
         });
-        let taps = self.spec.nets.iter().map(spec::NetSpec::plug_in).collect::<Result<Vec<_>>>()?;
+        let taps = lock(&self.opened.taps).iter().map(Tap::try_clone).collect::<Result<Vec<_>, _>>();
+        let taps = taps.context("the network interfaces cannot be used again")?;
         let vm = Vm::build(host, self.spec.vm_config(), taps, Box::new(self.console.writer()), events)?;
         *lock(&self.vm) = Some(vm);
         Ok(())
@@ -197,7 +234,7 @@ impl Machine {
 
     /// Builds the VM and starts its kernel.
     pub fn boot(self: &Arc<Self>, host: &Host) -> Result<()> {
-        let files = self.spec.boot.read()?;
+        let files = self.opened.boot.as_ref().map_err(|error| anyhow!("{error:#}"))?.read()?;
         self.build_vm(host)?;
         self.with_vm(|vm| {
             let kernel = self.spec.boot.kernel_name();
@@ -208,10 +245,16 @@ impl Machine {
         })?
     }
 
-    /// Lets go of the VM: threads, memory, TAPs.
+    /// Lets go of the VM: threads and memory. Its TAPs stay open for the next boot.
     pub fn drop_vm(&self) {
         let vm = lock(&self.vm).take();
         drop(vm);
+    }
+
+    /// Lets go of the VM and of its TAPs, for good.
+    pub fn let_go(&self) {
+        self.drop_vm();
+        lock(&self.opened.taps).clear();
     }
 
     fn guest_did(&self, boot: u64, event: GuestEvent) {

@@ -1,30 +1,36 @@
 //! The life of a VM process: from its spec to the guest's end.
 //!
 //! Whoever starts it (`microvm run`, the agent) gives it the spec on standard input and gets one line back on standard output:
-//! `ready`, or why not. From then on the process is on its own; it is reached through its control socket.
+//! `ready`, or why not. From then on the process is on its own; it is reached through its control socket. It forks off its
+//! keeper ([`super::keeper`]), opens everything that it will ever need, and enters its sandbox ([`super::sandbox`]); then it
+//! makes the VM.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use migrator::driver::request::Offer;
+use migrator::journal::FileJournal;
 use migrator::{Incoming, MigrationHandle, Outcome, Owner, ReceiveOptions, Received};
 use serde::{Deserialize, Serialize};
 use vmm::devices::power::GuestEvent;
+use vmm::devices::virtio::{Tap, Unplug};
 use vmm::host::Host;
+use vmm::sandbox::ThreadKind;
 
-use super::console::Console;
+use super::console::{Console, Log};
 use super::endpoint::Destination;
-use super::spec::MachineSpec;
-use super::{Event, Exit, Machine, connections, control, lock};
-use crate::runtime::{self, Runtime, VmLock};
+use super::keeper::{self, Side, ToKeeper};
+use super::sandbox::{Cage, Migrations};
+use super::spec::{MachineSpec, NetSpec};
+use super::{Event, Exit, Machine, Opened, connections, control, lock};
+use crate::runtime::{self, Runtime, VmDir, VmLock};
 
 /// What a VM process is started with.
 #[derive(Debug, Serialize, Deserialize)]
@@ -33,6 +39,8 @@ pub struct Start {
     pub spec: MachineSpec,
     /// The migration that brings it; `None`: it boots here.
     pub arrival: Option<Arrival>,
+    /// What holds its process.
+    pub cage: Cage,
 }
 
 /// A migration that brings a VM here.
@@ -65,12 +73,32 @@ pub fn main() -> Result<u8> {
     let mut text = String::new();
     io::stdin().read_to_string(&mut text).context("the VM's description cannot be read")?;
     let start: Start = serde_json::from_str(&text).context("the VM's description is damaged")?;
-    match live(start) {
+    vmm::sandbox::close_all_but(start.arrival.as_ref().map(|arrival| arrival.connections))
+        .context("descriptors cannot be closed")?;
+    let prepared = prepare(start).and_then(|prepared| Ok((prepared, keeper::fork().context("it has no keeper")?)));
+    let (Prepared { start, dir, lock, runtime, taps, unplug, connections }, side) = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            keeper::tell_starter(&Started::Failed(format!("{error:#}")));
+            return Ok(1);
+        }
+    };
+    let keeper = match side {
+        Side::Keeper(keeper) => {
+            drop((taps, connections));
+            return keeper.keep(&dir, lock, unplug);
+        }
+        Side::Vm(keeper) => keeper,
+    };
+    keeper::close_stdout();
+    unplug.into_iter().for_each(std::mem::forget);
+    let result = live(start, &dir, &runtime, taps, connections, &keeper);
+    match result {
         Ok(exit) => Ok(u8::from(!exit.is_clean())),
         Err(error) => {
             let why = format!("{error:#}");
             // The starter tells the user; once it has heard `ready`, only the log is left.
-            if !answer(&Started::Failed(why.clone())) {
+            if !keeper.answer(Started::Failed(why.clone())) {
                 tracing::error!("{why}");
             }
             Ok(1)
@@ -78,88 +106,105 @@ pub fn main() -> Result<u8> {
     }
 }
 
-/// Tells the starter, the first time; afterwards nobody listens.
-fn answer(started: &Started) -> bool {
-    static ANSWERED: AtomicBool = AtomicBool::new(false);
-    if ANSWERED.swap(true, Ordering::SeqCst) {
-        return false;
-    }
-    let mut out = io::stdout();
-    let _ = serde_json::to_writer(&mut out, started).map_err(io::Error::from).and_then(|()| writeln!(out));
-    let _ = out.flush();
-    // Whoever waits for the end of our output waits no longer.
-    if let Ok(null) = File::options().write(true).open("/dev/null") {
-        let _ = rustix::stdio::dup2_stdout(&null);
-    }
-    true
+/// What a VM and its keeper begin with.
+struct Prepared {
+    start: Start,
+    dir: VmDir,
+    lock: VmLock,
+    runtime: Runtime,
+    taps: Vec<Tap>,
+    unplug: Vec<Unplug>,
+    /// From the agent.
+    connections: Option<UnixStream>,
 }
 
-fn live(start: Start) -> Result<Exit> {
+/// Claims the name and plugs in the network.
+fn prepare(start: Start) -> Result<Prepared> {
+    let connections = start.arrival.as_ref().map(|arrival| inherited(arrival.connections));
     let runtime = Runtime::from_env()?;
     let dir = runtime.vm(&start.spec.name)?;
-    let folder = Folder { _lock: dir.claim()?, dir, keep: false };
-    // From here on messages go to the VM's log: the terminal that they would go to is somebody else's soon.
-    let log = File::options()
-        .create(true)
-        .append(true)
-        .open(folder.dir.process_log())
-        .context("the VM's log cannot be made")?;
-    rustix::stdio::dup2_stderr(&log).context("messages cannot be sent to the VM's log")?;
-    let (events, inbox) = mpsc::channel();
-    let console = Console::start(folder.dir.console_log()).context("the console's log cannot be written")?;
-    let machine = Machine::new(start.spec, folder.dir.clone(), runtime, console, events);
-    let result = run(&machine, start.arrival, &inbox, folder);
-    machine.console.close();
-    result
-}
-
-/// The VM's folder, removed at the end unless there is something in it to see.
-struct Folder {
-    dir: runtime::VmDir,
-    _lock: VmLock,
-    keep: bool,
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        if self.keep {
-            for socket in [self.dir.control_socket(), self.dir.console_socket()] {
-                let _ = fs::remove_file(socket);
-            }
-        } else if let Err(error) = self.dir.remove() {
-            tracing::warn!("{error:#}");
+    let lock = dir.claim()?;
+    let taps = || {
+        // From here on messages go to the VM's log: the terminal that they would go to is somebody else's soon.
+        let log = File::options().create(true).append(true).open(dir.process_log());
+        rustix::stdio::dup2_stderr(&log.context("the VM's log cannot be made")?)
+            .context("messages cannot be sent to the VM's log")?;
+        start.spec.nets.iter().map(NetSpec::plug_in).collect::<Result<Vec<_>>>()
+    };
+    let mut taps = match taps() {
+        Ok(taps) => taps,
+        Err(error) => {
+            dir.remove()?;
+            return Err(error);
         }
-    }
+    };
+    let unplug = taps.iter_mut().filter_map(Tap::take_unplug).collect();
+    Ok(Prepared { start, dir, lock, runtime, taps, unplug, connections })
 }
 
-fn run(machine: &Arc<Machine>, arrival: Option<Arrival>, inbox: &Receiver<Event>, mut folder: Folder) -> Result<Exit> {
+fn live(
+    start: Start,
+    dir: &VmDir,
+    runtime: &Runtime,
+    taps: Vec<Tap>,
+    handed_over: Option<UnixStream>,
+    keeper: &ToKeeper,
+) -> Result<Exit> {
+    let Start { spec, arrival, cage } = start;
     let host = Arc::new(Host::open()?);
-    let config = serde_json::to_vec_pretty(&machine.spec)?;
-    fs::write(machine.dir.config(), config).context("the VM's folder cannot be written")?;
-    let control = UnixListener::bind(machine.dir.control_socket()).context("the control socket cannot be made")?;
-    let console = UnixListener::bind(machine.dir.console_socket()).context("the console's socket cannot be made")?;
-    let typed = Arc::downgrade(machine);
+    let config = serde_json::to_vec_pretty(&spec)?;
+    fs::write(dir.config(), config).context("the VM's folder cannot be written")?;
+    if let Some(arrival) = &arrival {
+        fs::write(dir.arriving(), arrival.offer.id.to_string()).context("the VM's folder cannot be written")?;
+    }
+    let control = UnixListener::bind(dir.control_socket()).context("the control socket cannot be made")?;
+    let console_socket = UnixListener::bind(dir.console_socket()).context("the console's socket cannot be made")?;
+    let log = Log::open(&dir.console_log()).context("the console's log cannot be written")?;
+    let boot = spec.boot.open();
+    let outgoing = runtime::create_journal(&dir.journal())?;
+    let incoming = arrival.as_ref().map(|arrival| runtime::create_journal(&runtime.handoff(arrival.offer.id)?));
+    let incoming = incoming.transpose()?;
+
+    let sandbox = cage.enter(dir)?;
+    let migrations = Migrations::prepare().context("the migrations' thread cannot be started")?;
+    vmm::sandbox::confine(ThreadKind::Main);
+
+    let (events, inbox) = mpsc::channel();
+    let console = Console::start(log).context("the console cannot be started")?;
+    let opened = Opened { taps: Mutex::new(taps), boot, migrations, sandbox };
+    let machine = Machine::new(spec, outgoing, opened, console, events);
+    let typed = Arc::downgrade(&machine);
     let input = move |bytes: &[u8]| {
         if let Some(serial) = typed.upgrade().and_then(|machine| machine.with_vm(|vm| vm.serial()).ok()) {
             lock(&serial).input(bytes);
         }
     };
-    machine.console.serve(console, Box::new(input))?;
-    match arrival {
-        None => {
-            machine.boot(&host)?;
+    machine.console.serve(console_socket, Box::new(input))?;
+    let result = match (arrival, handed_over, incoming) {
+        (Some(arrival), Some(connections), Some(journal)) => {
             control::serve(machine.clone(), host.clone(), control)?;
-            answer(&Started::Ready);
+            receive(&machine, &host, arrival, connections, journal, keeper)
         }
-        Some(arrival) => receive(machine, &host, arrival, control)?,
-    }
-    folder.keep = true;
-    let exit = main_loop(machine, &host, inbox)?;
+        _ => machine.boot(&host).and_then(|()| {
+            control::serve(machine.clone(), host.clone(), control)?;
+            keeper.answer(Started::Ready);
+            Ok(())
+        }),
+    };
+    let result = result.and_then(|()| {
+        keeper.owned();
+        until_the_end(&machine, &host, &inbox, keeper)
+    });
+    machine.console.close();
+    result
+}
+
+fn until_the_end(machine: &Arc<Machine>, host: &Arc<Host>, inbox: &Receiver<Event>, keeper: &ToKeeper) -> Result<Exit> {
+    let exit = main_loop(machine, host, inbox)?;
     tracing::info!("{}", exit.sentence(&machine.spec.name));
-    folder.keep = !matches!(exit, Exit::Moved(_));
     machine.set_ending();
-    machine.drop_vm();
-    fs::write(machine.dir.exit(), serde_json::to_vec(&exit)?).context("the VM's folder cannot be written")?;
+    machine.let_go();
+    keeper.ended(&exit);
     machine.console.close();
     machine.set_exit(exit.clone());
     std::thread::sleep(FAREWELL);
@@ -173,17 +218,20 @@ fn inherited(fd: i32) -> UnixStream {
 }
 
 /// Takes the VM in; control answers meanwhile.
-fn receive(machine: &Arc<Machine>, host: &Arc<Host>, arrival: Arrival, control: UnixListener) -> Result<()> {
-    let Arrival { offer, from, connections } = arrival;
-    let handed_over = inherited(connections);
+fn receive(
+    machine: &Arc<Machine>,
+    host: &Arc<Host>,
+    arrival: Arrival,
+    handed_over: UnixStream,
+    mut journal: FileJournal,
+    keeper: &ToKeeper,
+) -> Result<()> {
+    let Arrival { offer, from, connections: _ } = arrival;
     let no_more = handed_over.try_clone()?;
     let connections = connections::take_over(handed_over).context("connections cannot be taken over")?;
     let handle = MigrationHandle::new();
     machine.begin_migration(handle.clone(), from, true)?;
-    fs::write(machine.dir.arriving(), offer.id.to_string()).context("the VM's folder cannot be written")?;
-    let mut journal = runtime::create_journal(&machine.runtime.handoff(offer.id)?)?;
-    control::serve(machine.clone(), host.clone(), control)?;
-    answer(&Started::Ready);
+    keeper.answer(Started::Ready);
     let mut destination = Destination::new(machine.clone(), host.clone());
     let incoming = Incoming { offer, connections };
     let result = migrator::receive(&mut destination, incoming, &mut journal, &ReceiveOptions::default(), &handle);
@@ -191,8 +239,6 @@ fn receive(machine: &Arc<Machine>, host: &Arc<Host>, arrival: Arrival, control: 
     // The agent sees that it need not keep its end.
     let _ = no_more.shutdown(Shutdown::Both);
     let Received { description, announce, announcing: _ } = result.context("the VM was not received")?;
-    // The journal says as well that it runs here.
-    let _ = fs::remove_file(machine.dir.arriving());
     tracing::info!(name = description.name, ?announce, "received");
     Ok(())
 }

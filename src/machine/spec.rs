@@ -1,6 +1,8 @@
 //! What a user asked for, as the VM process gets it, as it lies in `config.json`, and as it travels to another host.
 
 use std::borrow::Cow;
+use std::fs::File;
+use std::io::{Read, Seek};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -157,17 +159,49 @@ impl BootSpec {
         self.kernel.as_ref().map_or_else(|| "the built-in guest".into(), |path| path.display().to_string())
     }
 
-    /// Reads the files.
-    pub fn read(&self) -> Result<BootFiles> {
-        let read = |what: &str, path: &PathBuf| {
-            std::fs::read(path).with_context(|| format!("cannot read the {what} {}", path.display()))
+    /// Opens the files.
+    pub fn open(&self) -> Result<OpenBoot> {
+        let open = |what, path: &PathBuf| {
+            let file = File::open(path).with_context(|| format!("cannot read the {what} {}", path.display()))?;
+            anyhow::Ok(OpenFile { what, path: path.clone(), file })
         };
+        let kernel = self.kernel.as_ref().map(|path| open("kernel", path)).transpose()?;
+        let initrd = self.initrd.as_ref().map(|path| open("initrd", path)).transpose()?;
+        Ok(OpenBoot { kernel, initrd })
+    }
+}
+
+/// The files that boot, open: each boot reads them again, and files that were written to meanwhile boot as they are then.
+#[derive(Debug)]
+pub struct OpenBoot {
+    kernel: Option<OpenFile>,
+    initrd: Option<OpenFile>,
+}
+
+#[derive(Debug)]
+struct OpenFile {
+    what: &'static str,
+    path: PathBuf,
+    file: File,
+}
+
+impl OpenFile {
+    fn read(&self) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let read = (&self.file).rewind().and_then(|()| (&self.file).read_to_end(&mut bytes));
+        read.with_context(|| format!("cannot read the {} {}", self.what, self.path.display()))?;
+        Ok(bytes)
+    }
+}
+
+impl OpenBoot {
+    /// Reads them.
+    pub fn read(&self) -> Result<BootFiles> {
         let kernel = match &self.kernel {
             None => Cow::Borrowed(images::pulse_elf()),
-            Some(path) => Cow::Owned(read("kernel", path)?),
+            Some(file) => Cow::Owned(file.read()?),
         };
-        let initrd = self.initrd.as_ref().map(|path| read("initrd", path)).transpose()?;
-        Ok(BootFiles { kernel, initrd })
+        Ok(BootFiles { kernel, initrd: self.initrd.as_ref().map(OpenFile::read).transpose()? })
     }
 }
 

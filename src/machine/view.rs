@@ -1,12 +1,15 @@
 //! What the control socket says: requests, answers, and the VM as others see it. One JSON object a line.
 
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::time::Duration;
 
 use migrator::{Options, Progress, Report};
 use serde::{Deserialize, Serialize};
+use vmm::sandbox::Sandbox;
 
 use super::spec::{BootSpec, NetSpec};
 use super::{Exit, Machine, State, lock, unix_seconds};
+use crate::agent::with_port;
 
 /// What a client asks.
 #[derive(Debug, Serialize, Deserialize)]
@@ -39,6 +42,8 @@ pub enum Request {
 pub struct MigrateRequest {
     /// HOST or HOST:PORT.
     pub to: String,
+    /// The addresses of that host, or why there are none: the VM's process looks up no names.
+    pub addresses: Result<Vec<SocketAddr>, String>,
     /// Allowed blackout, in microseconds.
     pub max_downtime_us: u64,
     /// Limit for everything up to the switchover, in milliseconds.
@@ -61,6 +66,11 @@ pub enum Mode {
     PreCopy,
     /// Pause it, then copy everything.
     StopAndCopy,
+}
+
+/// The addresses of `host` or `host:port`.
+pub fn resolve(host: &str) -> Result<Vec<SocketAddr>, String> {
+    with_port(host).to_socket_addrs().map(Iterator::collect).map_err(|error| error.to_string())
 }
 
 impl MigrateRequest {
@@ -120,6 +130,8 @@ pub struct VmView {
     pub boot: BootSpec,
     /// Interfaces as configured.
     pub nets: Vec<NetSpec>,
+    /// What holds its process.
+    pub sandbox: Sandbox,
     /// The guest's addresses as far as they are known, interface by interface.
     pub addresses: Vec<Vec<String>>,
     /// Traffic, interface by interface.
@@ -230,6 +242,7 @@ impl Machine {
             memory_bytes: self.spec.memory_bytes,
             boot: self.spec.boot.clone(),
             nets: self.spec.nets.clone(),
+            sandbox: self.opened.sandbox.clone(),
             addresses: addresses.collect(),
             traffic: traffic.collect(),
             migration,
