@@ -70,6 +70,9 @@ pub enum MigrateError {
     /// A human settled what was in doubt.
     #[error("settled by hand after it was in doubt")]
     Resolved,
+    /// The arbiter gave the VM to the source when it was in doubt, or before the destination claimed it.
+    #[error("the arbiter gave the VM to the source")]
+    Arbitrated,
 }
 
 impl MigrateError {
@@ -80,6 +83,7 @@ impl MigrateError {
             Self::Refused(_) => "change what the refusal names, or choose another host".into(),
             Self::Vm { .. } => "look at the VM's log (microvm logs NAME)".into(),
             Self::GuestGone(_) | Self::Cancelled | Self::Resolved => String::new(),
+            Self::Arbitrated => "look at the link and the destination, then migrate again".into(),
             Self::Lost(_) | Self::Pages(_) => "check the link and the destination, then migrate again".into(),
             Self::GaveUp(_) | Self::Protocol(_) => {
                 "look at the log of the destination's agent, then migrate again".into()

@@ -26,6 +26,9 @@ pub enum HandleError {
     /// Resolve while nothing is in doubt.
     #[error("nothing to resolve: the migration is not in doubt")]
     NotInDoubt,
+    /// Keep what the arbiter gave away.
+    #[error("it cannot be kept here: the arbiter gave the VM to the destination")]
+    GivenAway,
 }
 
 #[derive(Default)]
@@ -65,11 +68,15 @@ impl MigrationHandle {
         Ok(())
     }
 
-    /// Settles a migration that is in doubt by hand.
+    /// Settles a migration that is in doubt by hand. Where there is an arbiter, to keep the VM means to claim it: that is
+    /// refused at once if the claim is known to be lost, and else comes true only if it is won.
     pub fn resolve(&self, resolution: Resolution) -> Result<(), HandleError> {
         let mut state = self.lock();
         match state.progress.phase {
             Phase::Done => Err(HandleError::Over),
+            Phase::InDoubt if state.progress.given_away && resolution == Resolution::Keep => {
+                Err(HandleError::GivenAway)
+            }
             Phase::InDoubt => {
                 state.resolution = Some(resolution);
                 wake(&state);
@@ -165,6 +172,14 @@ mod tests {
             assert_eq!(handle.resolve(Resolution::Discard), resolve, "{phase}");
         }
         assert_eq!(handle.take_wishes(), (true, Some(Resolution::Discard)));
+    }
+
+    #[test]
+    fn what_the_arbiter_gave_away_cannot_be_kept() {
+        let handle = MigrationHandle::new();
+        handle.update(|progress| (progress.phase, progress.given_away) = (Phase::InDoubt, true));
+        assert_eq!(handle.resolve(Resolution::Keep), Err(HandleError::GivenAway));
+        assert_eq!(handle.resolve(Resolution::Discard), Ok(()));
     }
 
     #[test]

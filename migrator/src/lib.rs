@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod announce;
+pub mod arbiter;
 pub mod bitmap;
 pub mod destination;
 pub mod driver;

@@ -1,8 +1,10 @@
 //! What the user can ask for, and the limits that keep a migration from hanging.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::announce::Schedule;
+use crate::arbiter::Arbiter;
 
 /// How memory moves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -25,7 +27,7 @@ impl Mode {
 }
 
 /// What was asked of the source.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// How this host is called, for the report; may be empty.
     pub from: String,
@@ -47,6 +49,8 @@ pub struct Options {
     pub timeouts: Timeouts,
     /// When to announce, after the guest runs.
     pub announce: Schedule,
+    /// Who decides when it is in doubt; none: the destination's word, or a human. Both sides must have the same one.
+    pub arbiter: Option<Arc<dyn Arbiter>>,
 }
 
 impl Default for Options {
@@ -62,6 +66,7 @@ impl Default for Options {
             convergence: Convergence::default(),
             timeouts: Timeouts::default(),
             announce: Schedule::default(),
+            arbiter: None,
         }
     }
 }
@@ -109,6 +114,8 @@ pub struct Timeouts {
     pub ask_min: Duration,
     /// Longest wait between two questions when in doubt.
     pub ask_max: Duration,
+    /// How long it is in doubt before the source claims the VM from the arbiter, if there is one.
+    pub grace: Duration,
 }
 
 impl Default for Timeouts {
@@ -124,15 +131,18 @@ impl Default for Timeouts {
             running: Duration::from_secs(3),
             ask_min: Duration::from_millis(100),
             ask_max: Duration::from_secs(5),
+            grace: Duration::from_secs(10),
         }
     }
 }
 
 /// What the receiving side may choose.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default)]
 pub struct ReceiveOptions {
     /// Limits on waiting.
     pub timeouts: Timeouts,
     /// When to announce, after the guest runs.
     pub announce: Schedule,
+    /// From whom the VM must be won before it is started; none: COMMIT is enough. The source must have the same one.
+    pub arbiter: Option<Arc<dyn Arbiter>>,
 }

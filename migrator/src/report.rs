@@ -188,6 +188,8 @@ pub struct Progress {
     pub in_doubt_since: Option<Duration>,
     /// When in doubt: the latest answer, or why there is none.
     pub last_answer: Option<String>,
+    /// When in doubt: the arbiter gave the VM to the destination, so it cannot be kept by hand.
+    pub given_away: bool,
 }
 
 /// The text of an error and its causes on one line. A cause that the text before it already tells is left out.

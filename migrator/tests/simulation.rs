@@ -13,7 +13,7 @@ use migrator::bitmap::Bitmap;
 use migrator::destination::{self, Destination, Loaded};
 use migrator::error::MigrateError;
 use migrator::handle::Resolution;
-use migrator::handoff::{self, Answer, DestinationHandoff, HandoffRecord, SourceHandoff, Step};
+use migrator::handoff::{self, Answer, DestinationState, HandoffRecord, Step};
 use migrator::layout::{CHUNK_PAGES, PAGE_SIZE};
 use migrator::options::Timeouts;
 use migrator::pages::{Chunk, FRAME_BYTES, Marker, PageFrame};
@@ -232,10 +232,7 @@ impl World {
         let there = self.destination_vm.fate.started.load(Ordering::SeqCst);
         assert!(!(here && there), "both run it: {:?}", self.fault);
         if there {
-            assert!(
-                !matches!(self.source.handoff(), SourceHandoff::Open | SourceHandoff::Deciding | SourceHandoff::Kept)
-                    || !self.source_alive
-            );
+            assert!(!self.source.handoff().may_run() || !self.source_alive);
         }
     }
 
@@ -326,7 +323,7 @@ impl World {
             Happening::SendPart { n, part, last } => self.send_part(n, part, last),
             Happening::Offer => {
                 let accepted = if self.link_up {
-                    let mut machine = Destination::new(timeouts(), self.streams);
+                    let mut machine = Destination::new(timeouts(), self.streams, false);
                     self.destination_alive = true;
                     self.arrived = vec![Marker { round: 1, ..Marker::default() }; self.streams.into()];
                     let actions = machine.handle(self.now, destination::Event::Begin);
@@ -436,6 +433,7 @@ impl World {
             Action::Offer => self.carry(3, 2000, Happening::Offer),
             Action::Connect => self.carry(3, 2000, Happening::Connect),
             Action::Ask => self.carry(3, 2000, Happening::Ask),
+            Action::Claim => {}
             Action::StartDirtyLog => {
                 let result = self.source_vm.start_dirty_log();
                 self.later(Event::DirtyLogStarted(result));
@@ -624,9 +622,12 @@ impl World {
                     self.destination_vm.discard();
                     continue;
                 }
-                Action::CloseStreams | Action::Announce => continue,
+                Action::CloseStreams | Action::Announce | Action::Forget | Action::Claim => continue,
                 Action::Finish => {
-                    if self.destination.as_ref().is_some_and(|machine| machine.handoff() == DestinationHandoff::GaveUp)
+                    if self
+                        .destination
+                        .as_ref()
+                        .is_some_and(|machine| machine.handoff().state() == DestinationState::GaveUp)
                     {
                         self.cut(true, false);
                     }

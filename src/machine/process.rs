@@ -238,7 +238,7 @@ fn receive(
     machine.end_migration(None);
     // The agent sees that it need not keep its end.
     let _ = no_more.shutdown(Shutdown::Both);
-    let Received { description, announce, announcing: _ } = result.context("the VM was not received")?;
+    let Received { description, announce, announcing: _, released: _ } = result.context("the VM was not received")?;
     tracing::info!(name = description.name, ?announce, "received");
     Ok(())
 }

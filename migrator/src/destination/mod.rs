@@ -6,8 +6,9 @@
 use std::io;
 use std::time::Duration;
 
+use crate::arbiter::{ArbiterError, Claimant};
 use crate::error::MigrateError;
-use crate::handoff::{DestinationAction, DestinationEvent, DestinationHandoff, HandoffMessage, Step};
+use crate::handoff::{DestinationAction, DestinationEvent, DestinationHandoff, DestinationState, HandoffMessage, Step};
 use crate::options::Timeouts;
 use crate::pages::Marker;
 use crate::report::{AnnounceReport, Phase, chain};
@@ -43,6 +44,8 @@ pub enum Event {
     Loaded(Result<Loaded, MigrateError>),
     /// The guest was started, at this time; no time if it stays paused.
     Started(Result<Option<Duration>, StartError>),
+    /// What the arbiter answered: whose the attempt is.
+    Claimed(Result<Claimant, ArbiterError>),
     /// The user of this host wants to stop.
     Cancel,
     /// Time has passed.
@@ -76,6 +79,8 @@ pub enum Action {
         /// Hash of the source's memory.
         ram_hash: Option<u64>,
     },
+    /// Claim this attempt from the arbiter; report with [`Event::Claimed`].
+    Claim,
     /// Start the guest; report with [`Event::Started`].
     Start,
     /// Free everything.
@@ -84,6 +89,8 @@ pub enum Action {
     CloseStreams,
     /// Begin to announce.
     Announce,
+    /// The source will never ask about this attempt: its journal may be removed.
+    Forget,
     /// The end.
     Finish,
 }
@@ -116,6 +123,9 @@ pub struct Destination {
     connected: bool,
     deadline: Option<(Duration, Duration, &'static str)>,
     page_failure: Option<(Duration, String)>,
+    /// When what did not work is tried again: the claim, or the record that we gave up.
+    next_try: Option<Duration>,
+    try_wait: Duration,
     /// Rounds that are in memory.
     round: u32,
     /// What has come of the round in hand: the sum of the markers, and from which streams.
@@ -133,16 +143,18 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// A machine for one attempt with so many page streams.
-    pub fn new(timeouts: Timeouts, streams: u16) -> Self {
+    /// A machine for one attempt with so many page streams, that must win it from an arbiter or need not.
+    pub fn new(timeouts: Timeouts, streams: u16, arbiter: bool) -> Self {
         Self {
             timeouts,
             state: State::Idle,
-            handoff: DestinationHandoff::default(),
+            handoff: DestinationHandoff::new(arbiter),
             now: Duration::ZERO,
             connected: false,
             deadline: None,
             page_failure: None,
+            next_try: None,
+            try_wait: timeouts.ask_min,
             round: 0,
             markers: Marker::default(),
             streams_done: vec![false; streams.into()],
@@ -168,6 +180,10 @@ impl Destination {
             Event::PagesFailed(why) => {
                 // The source may have said why on control: give its word time to arrive.
                 self.page_failure.get_or_insert((now + EXPLANATION, why));
+                Ok(())
+            }
+            Event::Claimed(word) => {
+                self.claimed(word);
                 Ok(())
             }
             Event::Tick => self.tick(),
@@ -263,11 +279,15 @@ impl Destination {
                 if let Err(error) = result {
                     self.failure.get_or_insert((phase(self.state), MigrateError::Journal(error)));
                     self.hand(DestinationEvent::Journaled(step, false));
+                    if self.handoff.can_retry() {
+                        self.try_later();
+                    }
                 } else {
                     self.hand(DestinationEvent::Journaled(step, true));
                 }
             }
             (S::Committing | S::Settled, Event::Message(Message::Commit)) => self.hand(DestinationEvent::Commit),
+            (S::Committing | S::Settled, Event::Message(Message::Released)) => self.hand(DestinationEvent::Released),
             (S::Committing | S::Settled, _) => {}
             (state, Event::Message(message)) => {
                 return Err(MigrateError::Protocol(format!("{} while {state:?}", message.kind().name())));
@@ -353,8 +373,32 @@ impl Destination {
         self.hand(DestinationEvent::Started);
     }
 
+    /// The arbiter answered, or could not be asked.
+    fn claimed(&mut self, word: Result<Claimant, ArbiterError>) {
+        match word {
+            Ok(winner) => {
+                if winner == Claimant::Source && self.handoff.state() == DestinationState::Claiming {
+                    self.failure = Some((Phase::Commit, MigrateError::Arbitrated));
+                }
+                self.hand(DestinationEvent::Claimed(winner));
+            }
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "the VM is not started before the arbiter has answered");
+                self.try_later();
+            }
+        }
+    }
+
+    fn try_later(&mut self) {
+        self.next_try = Some(self.now + self.try_wait);
+        self.try_wait = (self.try_wait * 2).min(self.timeouts.ask_max);
+    }
+
     /// Limits on time.
     fn tick(&mut self) -> Result<(), MigrateError> {
+        if self.next_try.take_if(|at| *at <= self.now).is_some() {
+            self.hand(DestinationEvent::Again);
+        }
         if let Some((_, why)) = self.page_failure.take_if(|(until, _)| *until <= self.now) {
             return Err(MigrateError::Pages(why));
         }
@@ -367,7 +411,8 @@ impl Destination {
     /// When [`Event::Tick`] is due at the latest; none: when something happens.
     pub fn next_tick(&self) -> Option<Duration> {
         let page_failure = self.page_failure.as_ref().map(|(at, _)| *at);
-        self.deadline.map(|(at, ..)| at).into_iter().chain(page_failure).min().filter(|_| self.state != State::Settled)
+        let deadline = self.deadline.map(|(at, ..)| at);
+        [deadline, page_failure, self.next_try].into_iter().flatten().min().filter(|_| self.state != State::Settled)
     }
 
     /// Something failed. Before COMMIT came, that ends the attempt; after it, it means nothing.
@@ -392,15 +437,22 @@ impl Destination {
                     Some((_, error)) => Message::GaveUp(chain(error)),
                     None => Message::GaveUp("COMMIT came before PREPARED".into()),
                 }),
+                DestinationAction::Claim => Action::Claim,
                 DestinationAction::Start => Action::Start,
-                DestinationAction::Discard => Action::Discard,
+                DestinationAction::Discard => {
+                    self.actions.push(Action::CloseStreams);
+                    Action::Discard
+                }
+                DestinationAction::Forget => Action::Forget,
             };
             self.actions.push(action);
         }
         if self.handoff.is_settled() && self.state != State::Settled {
-            self.actions.push(Action::CloseStreams);
-            if self.handoff == DestinationHandoff::Running && self.running.failure.is_none() {
-                self.actions.push(Action::Announce);
+            if self.handoff.state() == DestinationState::Running {
+                self.actions.push(Action::CloseStreams);
+                if self.running.failure.is_none() {
+                    self.actions.push(Action::Announce);
+                }
             }
             self.actions.push(Action::Finish);
             self.enter(State::Settled, None);
@@ -438,10 +490,15 @@ impl Destination {
         &self.running.announce
     }
 
-    /// Why it failed: it was given up, or the guest was lost in the start.
+    /// Why it was given up.
     pub fn into_failure(self) -> Option<MigrateError> {
-        let lost = self.running.failure.map(|why| MigrateError::Vm { what: "be started", source: why.into() });
-        self.failure.map(|(_, error)| error).or(lost)
+        self.failure.map(|(_, error)| error)
+    }
+
+    /// Why the guest was lost in the start, if it was.
+    pub fn lost(&self) -> Option<MigrateError> {
+        let why = self.running.failure.clone()?;
+        Some(MigrateError::Vm { what: "be started", source: why.into() })
     }
 }
 

@@ -70,11 +70,16 @@ impl Control {
         let _ = self.outgoing.send(Outgoing::Bytes(encode(message)));
     }
 
+    /// Says that nothing more comes. What was sent still arrives, and what the peer still says can be heard.
+    pub fn end(&self) {
+        let _ = self.outgoing.send(Outgoing::End);
+    }
+
     /// Ends the connection so that what was sent still arrives: says that nothing more comes, and waits until the peer has
     /// ended it too, but not longer than `patience`. To close at once could destroy what the peer has not read yet.
     pub fn finish(self, patience: Duration) {
         let until = Instant::now() + patience;
-        let _ = self.outgoing.send(Outgoing::End);
+        self.end();
         while !(self.writer.is_finished() && self.reader.is_finished()) && Instant::now() < until {
             thread::sleep(Duration::from_millis(1));
         }

@@ -8,14 +8,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::control::{Control, ControlEvent};
-use super::journal;
 use super::receive::{PageReceiver, ReceiveEvent};
 use super::request::Offer;
+use super::{claim, journal};
 use crate::announce::{self, Plan, Schedule};
+use crate::arbiter::Claimant;
 use crate::destination::{Action, Destination, Event, Loaded};
 use crate::error::MigrateError;
 use crate::handle::MigrationHandle;
-use crate::handoff::DestinationHandoff;
+use crate::handoff::DestinationState;
 use crate::options::ReceiveOptions;
 use crate::report::{AnnounceReport, Phase};
 use crate::traits::{Announcer, Connection, DestinationVm, GuestPages, Journal, Refusal, Section, VmDescription};
@@ -25,6 +26,8 @@ use crate::wire::preamble::Role;
 const BEAT: Duration = Duration::from_millis(50);
 /// How long the last words on a connection may take to be read.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long the source's last word may take. Nobody waits for it, and it takes a durable record to say it.
+const RELEASED: Duration = Duration::from_secs(10);
 
 /// A connection that came in for a migration, preamble read and answered.
 pub struct Arrived {
@@ -53,6 +56,10 @@ pub struct Received {
     pub announce: AnnounceReport,
     /// The thread that announces. It ends by itself, when the schedule does.
     pub announcing: Option<thread::JoinHandle<()>>,
+    /// The thread that hears the source out. It ends within seconds; with true if the source has on record that the VM is
+    /// this host's, so that nobody will ever ask about this attempt and its journal may be removed. Where that word is lost
+    /// (false), the journal must stay.
+    pub released: Option<thread::JoinHandle<bool>>,
 }
 
 /// Why the VM is not this host's.
@@ -107,7 +114,7 @@ pub fn receive(
         let _ = wishes.send(Input::Wish);
     })));
     let mut driver = Driver {
-        machine: Destination::new(options.timeouts, offer.streams),
+        machine: Destination::new(options.timeouts, offer.streams, options.arbiter.is_some()),
         vm,
         offer,
         journal,
@@ -131,7 +138,7 @@ pub fn receive(
     };
     driver.listen(connections);
     driver.run(&queue);
-    let result = driver.finish();
+    let result = driver.finish(queue);
     handle.on_wish(None);
     handle.update(|progress| progress.phase = Phase::Done);
     result
@@ -281,7 +288,18 @@ impl Driver<'_> {
                     started.map(|started| started.first_run.map(|at| at.saturating_duration_since(began))),
                 ));
             }
-            Action::Discard => self.vm.discard(),
+            Action::Claim => {
+                let inputs = self.inputs.clone();
+                claim(self.options.arbiter.as_ref(), self.offer.id, Claimant::Destination, move |word| {
+                    let _ = inputs.send(Input::Event(Event::Claimed(word)));
+                });
+            }
+            Action::Discard => {
+                self.memory = None;
+                self.vm.discard();
+            }
+            // What comes after the end is heard by `last_words`.
+            Action::Forget => {}
             Action::CloseStreams => self.receivers.clear(),
             Action::Announce => self.announce(),
             Action::Finish => self.finished = true,
@@ -375,25 +393,45 @@ impl Driver<'_> {
         });
     }
 
-    fn finish(mut self) -> Result<Received, ReceiveError> {
+    fn finish(mut self, queue: mpsc::Receiver<Input>) -> Result<Received, ReceiveError> {
         self.stop.store(true, Ordering::Relaxed);
-        let runs = self.machine.handoff() == DestinationHandoff::Running;
-        if let Some(control) = self.control.take() {
-            if runs {
-                // RUNNING is on its way; this process goes on, so nobody has to wait for it to be read.
-                // Should that thread fail to start, the source asks.
-                let _ = thread::Builder::new().name("last-words".into()).spawn(move || control.finish(LAST_WORDS));
-            } else {
+        if self.machine.handoff().state() != DestinationState::Running {
+            if let Some(control) = self.control.take() {
                 control.finish(LAST_WORDS);
             }
+            return Err(match self.machine.into_failure() {
+                Some(MigrateError::Refused(refusal)) => ReceiveError::Refused(refusal),
+                Some(error) => ReceiveError::GaveUp(error),
+                None => ReceiveError::GaveUp(MigrateError::Protocol("COMMIT before PREPARED".into())),
+            });
         }
         let announce = self.machine.announce().clone();
-        match (runs, self.machine.into_failure()) {
-            (true, None) => Ok(Received { description: self.offer.vm, announce, announcing: self.announcing }),
-            (true, Some(error)) => Err(ReceiveError::Lost(error)),
-            (false, Some(MigrateError::Refused(refusal))) => Err(ReceiveError::Refused(refusal)),
-            (false, Some(error)) => Err(ReceiveError::GaveUp(error)),
-            (false, None) => Err(ReceiveError::GaveUp(MigrateError::Protocol("COMMIT before PREPARED".into()))),
+        let lost = self.machine.lost();
+        // RUNNING is on its way; this process goes on, so nobody has to wait for it to be read. Should that thread fail to
+        // start, the source asks.
+        let (machine, control, began) = (self.machine, self.control.take(), self.began);
+        let released = thread::Builder::new()
+            .name("last-words".into())
+            .spawn(move || control.is_some_and(|control| last_words(machine, control, &queue, began)))
+            .ok();
+        match lost {
+            Some(error) => Err(ReceiveError::Lost(error)),
+            None => Ok(Received { description: self.offer.vm, announce, announcing: self.announcing, released }),
         }
     }
+}
+
+/// Lets the source read RUNNING, and hears it out: says whether it will never ask about this attempt.
+fn last_words(mut machine: Destination, control: Control, queue: &mpsc::Receiver<Input>, began: Instant) -> bool {
+    control.end();
+    let until = Instant::now() + RELEASED;
+    while let Ok(input) = queue.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        let Input::Event(event) = input else { continue };
+        let ends = matches!(event, Event::Lost(_));
+        let forgets = machine.handle(began.elapsed(), event).contains(&Action::Forget);
+        if ends || forgets {
+            return forgets;
+        }
+    }
+    false
 }

@@ -3,8 +3,11 @@
 //! Each call runs its machine on the caller's thread, which alone touches the VM. Everything that can block (dialling,
 //! sockets) is in threads of its own that report to it, so that a cancel or a limit is answered at once.
 
+use std::sync::Arc;
+use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::arbiter::{Arbiter, ArbiterError, Claimant};
 use crate::handoff::{HandoffRecord, Step};
 use crate::id::MigrationId;
 use crate::traits::Journal;
@@ -25,4 +28,19 @@ fn journal(journal: &mut dyn Journal, id: MigrationId, step: Step, vm: &str, pee
     let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
     let record = HandoffRecord { id, step, unix_ms, vm: vm.into(), peer: peer.into() };
     journal.append(&record, step.durability())
+}
+
+/// Claims an attempt in a thread of its own: an arbiter may take its time.
+fn claim(
+    arbiter: Option<&Arc<dyn Arbiter>>,
+    id: MigrationId,
+    by: Claimant,
+    answer: impl Fn(Result<Claimant, ArbiterError>) + Send + Clone + 'static,
+) {
+    let Some(arbiter) = arbiter.cloned() else { return };
+    let later = answer.clone();
+    let spawned = thread::Builder::new().name("claim".into()).spawn(move || later(arbiter.claim(id, by)));
+    if let Err(error) = spawned {
+        answer(Err(ArbiterError(error.into())));
+    }
 }

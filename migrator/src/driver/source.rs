@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use super::control::{Control, ControlEvent};
 use super::send::{PageSenders, SendEvent};
-use super::{journal, request};
+use super::{claim, journal, request};
+use crate::arbiter::Claimant;
 use crate::bitmap::Bitmap;
 use crate::handle::MigrationHandle;
 use crate::id::MigrationId;
@@ -183,6 +184,12 @@ impl Driver<'_> {
                 self.handle.publish(self.machine.report());
                 self.spawn(|answer| Input::Event(Event::Asked(answer)), move || request::ask(&*dial, id, limit));
             }
+            Action::Claim => {
+                let inputs = self.inputs.clone();
+                claim(self.options.arbiter.as_ref(), self.id, Claimant::Source, move |word| {
+                    let _ = inputs.send(Input::Event(Event::Claimed(word)));
+                });
+            }
             Action::StartDirtyLog => return Some(Event::DirtyLogStarted(self.vm.start_dirty_log())),
             Action::CollectDirty => {
                 let result = self.vm.collect_dirty(&mut self.dirty);
@@ -285,12 +292,11 @@ impl Driver<'_> {
         let known = |value: u64| (value > 0).then_some(value);
         let sending = self.senders.as_ref().map(|senders| senders.sending.clone()).unwrap_or_default();
         let done = sending.pages.load(Ordering::Relaxed).min(self.round_pages);
-        let (in_doubt_since, last_answer) = self.machine.doubt();
+        let ((in_doubt_since, last_answer), given_away) = (self.machine.doubt(), self.machine.given_away());
         let left = self.round_pages - done;
         let eta = precopy.predict(left).map(|time| time.saturating_sub(precopy.costs.total()));
         let predicted = precopy.predict(left);
         let (bandwidth, dirty_rate) = (known(precopy.bandwidth()), known(precopy.dirty_rate()));
-        let last_answer = last_answer.map(str::to_owned);
         let (round, elapsed) = (self.machine.round_number(), self.began.elapsed());
         self.handle.update(|progress| {
             // Done it is when the report is there, and not before.
@@ -308,6 +314,7 @@ impl Driver<'_> {
             progress.elapsed = elapsed;
             progress.in_doubt_since = in_doubt_since;
             progress.last_answer = last_answer;
+            progress.given_away = given_away;
         });
     }
 

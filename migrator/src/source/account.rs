@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::error::MigrateError;
-use crate::handoff::SourceHandoff;
+use crate::handoff::{SourceHandoff, SourceState};
 use crate::options::Options;
 use crate::pages::{FRAME_BYTES, Marker};
 use crate::report::{ErrorReport, Outcome, Owner, Phase, Report, RoundReport, chain, ms};
@@ -22,6 +22,10 @@ pub(super) struct Account {
     pub predicted: Option<Duration>,
     pub in_doubt_since: Option<Duration>,
     pub last_answer: Option<String>,
+    /// What the arbiter said, or why it could not be asked.
+    pub arbiter_word: Option<String>,
+    /// The arbiter gave the VM to the destination.
+    pub given_away: bool,
     pub resume_failure: Option<String>,
     vm: String,
     from: String,
@@ -46,6 +50,8 @@ impl Account {
             predicted: None,
             in_doubt_since: None,
             last_answer: None,
+            arbiter_word: None,
+            given_away: false,
             resume_failure: None,
             vm: vm.name.clone(),
             from: options.from.clone(),
@@ -145,13 +151,19 @@ impl Account {
         self.running = Some(running);
     }
 
+    /// What is known while it is in doubt: the destination's latest answer, and the arbiter's.
+    pub fn answers(&self) -> Option<String> {
+        let words: Vec<_> = [&self.last_answer, &self.arbiter_word].into_iter().flatten().map(String::as_str).collect();
+        (!words.is_empty()).then(|| words.join("; "))
+    }
+
     pub fn report(&self, handoff: SourceHandoff, failure: Option<&(Phase, MigrateError)>) -> Report {
         let lost = self.running.as_ref().and_then(|running| running.failure.clone());
         let cancelled = matches!(failure, Some((_, MigrateError::Cancelled)));
-        let (outcome, owner) = match handoff {
-            SourceHandoff::Released if lost.is_some() => (Outcome::Failed, Owner::Destination),
-            SourceHandoff::Released => (Outcome::Completed, Owner::Destination),
-            SourceHandoff::Committed { .. } => (Outcome::InDoubt, Owner::Unknown),
+        let (outcome, owner) = match handoff.state() {
+            SourceState::Released if lost.is_some() => (Outcome::Failed, Owner::Destination),
+            SourceState::Released => (Outcome::Completed, Owner::Destination),
+            SourceState::Committed { .. } => (Outcome::InDoubt, Owner::Unknown),
             _ if cancelled => (Outcome::Cancelled, Owner::Source),
             _ => (Outcome::Failed, Owner::Source),
         };
@@ -170,11 +182,13 @@ impl Account {
                     "{} was told to run the VM and has not answered since{}{}",
                     self.to,
                     failure.map_or(String::new(), |(_, error)| format!(": {}", chain(error))),
-                    self.last_answer.as_ref().map_or(String::new(), |answer| format!("; asked again: {answer}")),
+                    self.answers().map_or(String::new(), |answer| format!("; asked again: {answer}")),
                 ),
                 hint: format!(
-                    "it settles itself when {} can be reached; if that host is gone for good, `microvm resolve {} --keep`",
-                    self.to, self.vm
+                    "it settles itself when {} can be reached; if that host is gone for good, `microvm resolve {} --{}`",
+                    self.to,
+                    self.vm,
+                    if self.given_away { "discard" } else { "keep" }
                 ),
             }),
             (Outcome::Completed, Some((phase, error @ MigrateError::Resolved))) | (_, Some((phase, error)))

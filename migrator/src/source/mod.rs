@@ -7,9 +7,10 @@
 use std::io;
 use std::time::Duration;
 
+use crate::arbiter::{ArbiterError, Claimant};
 use crate::error::MigrateError;
 use crate::handle::Resolution;
-use crate::handoff::{HandoffMessage, SourceAction, SourceEvent, SourceHandoff, Step};
+use crate::handoff::{HandoffMessage, SourceAction, SourceEvent, SourceHandoff, SourceState, Step};
 use crate::options::{Mode, Options};
 use crate::pages::Marker;
 use crate::precopy::{Precopy, Verdict};
@@ -61,6 +62,8 @@ pub enum Event {
     GuestGone(String),
     /// What the destination's agent answered.
     Asked(Result<AskAnswer, ConnectError>),
+    /// What the arbiter answered: whose the attempt is.
+    Claimed(Result<Claimant, ArbiterError>),
     /// Time has passed.
     Tick,
 }
@@ -108,6 +111,8 @@ pub enum Action {
     Resume,
     /// Ask the destination's agent what became of this attempt; report with [`Event::Asked`].
     Ask,
+    /// Claim this attempt from the arbiter; report with [`Event::Claimed`].
+    Claim,
     /// Stop all streams, at once.
     CloseStreams,
     /// Stop the dirty log.
@@ -154,6 +159,10 @@ pub struct Source {
     rtt: Option<Duration>,
     next_ask: Option<Duration>,
     ask_wait: Duration,
+    next_claim: Option<Duration>,
+    claim_wait: Duration,
+    /// A claim is under way.
+    claiming: bool,
     dirty_log: bool,
     paused_here: bool,
     /// What the round in hand sent, and the destination's word that it arrived.
@@ -170,7 +179,7 @@ impl Source {
             paused_before: vm.paused,
             total_pages: vm.ram.pages(),
             state: State::Idle,
-            handoff: SourceHandoff::default(),
+            handoff: SourceHandoff::new(options.arbiter.is_some()),
             precopy: Precopy::new(options.convergence, options.max_downtime),
             account: Account::new(&options, vm, to),
             failure: None,
@@ -179,6 +188,9 @@ impl Source {
             rtt: None,
             next_ask: None,
             ask_wait: options.timeouts.ask_min,
+            next_claim: None,
+            claim_wait: options.timeouts.ask_min,
+            claiming: false,
             dirty_log: false,
             paused_here: false,
             sent: None,
@@ -223,10 +235,16 @@ impl Source {
                 self.answered(answer);
                 Ok(())
             }
+            Event::Claimed(word) => {
+                self.claimed(word);
+                Ok(())
+            }
             Event::Resolve(resolution) => {
-                if self.handoff == (SourceHandoff::Committed { in_doubt: true }) {
-                    self.failure = Some((Phase::InDoubt, MigrateError::Resolved));
+                if self.handoff.in_doubt() {
                     self.hand(SourceEvent::Resolve(resolution));
+                    if self.handoff.is_settled() {
+                        self.failure = Some((Phase::InDoubt, MigrateError::Resolved));
+                    }
                 }
                 Ok(())
             }
@@ -451,7 +469,7 @@ impl Source {
             (Step::Sending, Ok(())) => {
                 self.precopy.costs.journal_here = self.account.now.saturating_sub(self.journal_began);
             }
-            (Step::Decided, Ok(())) if self.handoff == SourceHandoff::Deciding => {
+            (Step::Decided, Ok(())) if self.handoff.state() == SourceState::Deciding => {
                 self.account.phase("decide-journal");
                 self.enter(
                     State::Committed,
@@ -481,6 +499,9 @@ impl Source {
             self.next_ask = None;
             self.act(Action::Ask);
         }
+        if self.next_claim.take_if(|at| *at <= now).is_some() {
+            self.hand(SourceEvent::ClaimDue);
+        }
         if let Some((_, limit, what)) = self.deadline.take_if(|(at, ..)| *at <= now) {
             return Err(MigrateError::TimedOut { what, limit });
         }
@@ -499,7 +520,8 @@ impl Source {
         let overall =
             self.options.timeout.filter(|_| self.phase() <= Phase::PreCopy).map(|limit| self.account.began + limit);
         let deadline = self.deadline.map(|(at, ..)| at);
-        [overall, deadline, self.next_ask, self.page_failure.as_ref().map(|(at, _)| *at)].into_iter().flatten().min()
+        let page_failure = self.page_failure.as_ref().map(|(at, _)| *at);
+        [overall, deadline, self.next_ask, self.next_claim, page_failure].into_iter().flatten().min()
     }
 
     /// Something failed. Before the commit point that ends the attempt; after it, it is in doubt.
@@ -524,7 +546,7 @@ impl Source {
     }
 
     fn answered(&mut self, answer: Result<AskAnswer, ConnectError>) {
-        if self.handoff != (SourceHandoff::Committed { in_doubt: true }) {
+        if !self.handoff.in_doubt() {
             return;
         }
         match answer {
@@ -540,6 +562,30 @@ impl Source {
         self.ask_wait = (self.ask_wait * 2).min(self.options.timeouts.ask_max);
     }
 
+    /// The arbiter answered, or could not be asked.
+    fn claimed(&mut self, word: Result<Claimant, ArbiterError>) {
+        self.claiming = false;
+        if !self.handoff.in_doubt() {
+            return;
+        }
+        match word {
+            Ok(winner) => {
+                if winner == Claimant::Source {
+                    self.failure = Some((Phase::InDoubt, MigrateError::Arbitrated));
+                } else {
+                    self.account.given_away = true;
+                    self.account.arbiter_word = Some("the arbiter gave the VM to the destination".into());
+                }
+                self.hand(SourceEvent::Claimed(winner));
+            }
+            Err(error) => {
+                self.account.arbiter_word = Some(chain(&error));
+                self.next_claim = Some(self.account.now + self.claim_wait);
+                self.claim_wait = (self.claim_wait * 2).min(self.options.timeouts.ask_max);
+            }
+        }
+    }
+
     /// Passes an event to the handoff, and does what it says.
     fn hand(&mut self, event: SourceEvent) {
         for action in self.handoff.on(event) {
@@ -549,13 +595,23 @@ impl Source {
                     let reason = self.failure.as_ref().map_or(String::new(), |(_, error)| chain(error));
                     self.act(Action::Send(Message::Abort(reason)));
                 }
+                SourceAction::Send(HandoffMessage::Released) => self.act(Action::Send(Message::Released)),
                 SourceAction::Send(_) => self.act(Action::Send(Message::Commit)),
                 SourceAction::Resume if self.paused_here => self.act(Action::Resume),
                 SourceAction::Resume | SourceAction::Release => {}
                 SourceAction::Ask => {
                     self.account.in_doubt_since = Some(self.account.now);
                     self.deadline = None;
+                    if self.options.arbiter.is_some() {
+                        self.next_claim = Some(self.account.now + self.options.timeouts.grace);
+                    }
                     self.act(Action::Ask);
+                }
+                SourceAction::Claim if self.claiming => {}
+                SourceAction::Claim => {
+                    self.claiming = true;
+                    self.next_claim = None;
+                    self.act(Action::Claim);
                 }
             }
         }
@@ -611,9 +667,14 @@ impl Source {
         self.handoff
     }
 
-    /// Since when it is in doubt, and the latest answer.
-    pub fn doubt(&self) -> (Option<Duration>, Option<&str>) {
-        (self.account.in_doubt_since, self.account.last_answer.as_deref())
+    /// Since when it is in doubt, and the latest answers.
+    pub fn doubt(&self) -> (Option<Duration>, Option<String>) {
+        (self.account.in_doubt_since, self.account.answers())
+    }
+
+    /// Whether the arbiter gave the VM to the destination: it cannot be kept here by hand.
+    pub fn given_away(&self) -> bool {
+        self.account.given_away
     }
 
     /// The report: final after [`Action::Finish`], preliminary before.

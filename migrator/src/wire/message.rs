@@ -154,6 +154,8 @@ pub enum Message {
     GaveUp(String),
     /// Source: this attempt is over, for this reason.
     Abort(String),
+    /// Source: that the VM is yours is on record here. I will never ask about this attempt.
+    Released,
 }
 
 macro_rules! kinds {
@@ -204,6 +206,7 @@ kinds! {
     Running = 24, "RUNNING", 64 << 10;
     GaveUp = 25, "GAVE_UP", MAX_REASON_BYTES;
     Abort = 26, "ABORT", MAX_REASON_BYTES;
+    Released = 27, "RELEASED", 0;
 }
 
 impl Message {
@@ -226,6 +229,7 @@ impl Message {
             Self::Running(_) => Kind::Running,
             Self::GaveUp(_) => Kind::GaveUp,
             Self::Abort(_) => Kind::Abort,
+            Self::Released => Kind::Released,
         }
     }
 
@@ -235,7 +239,7 @@ impl Message {
             Self::Offer(offer) => json(to, offer),
             Self::Refused(refusal) => json(to, &bounded(refusal)),
             Self::Running(running) => json(to, running),
-            Self::Accepted | Self::Commit => {}
+            Self::Accepted | Self::Commit | Self::Released => {}
             Self::Ask(id) => to.extend(id.0),
             Self::Answer(answer) => to.push(*answer as u8),
             Self::Ping(token) | Self::Pong(token) => to.extend(token.to_le_bytes()),
@@ -311,6 +315,7 @@ impl Message {
             Kind::Running => Self::Running(fields.json()?),
             Kind::GaveUp => Self::GaveUp(fields.text()?),
             Kind::Abort => Self::Abort(fields.text()?),
+            Kind::Released => Self::Released,
         };
         fields.end()?;
         Ok(message)

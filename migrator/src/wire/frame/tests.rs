@@ -61,6 +61,7 @@ fn samples() -> Vec<(&'static str, Message)> {
         ),
         ("gave-up", Message::GaveUp("out of memory".into())),
         ("abort", Message::Abort("cancelled".into())),
+        ("released", Message::Released),
     ]
 }
 
@@ -102,7 +103,7 @@ fn hostile_headers() {
         bytes[4..8].copy_from_slice(&length.to_le_bytes());
         Header::decode(&bytes)
     };
-    for kind in [0, 6, 15, 27, u16::MAX] {
+    for kind in [0, 6, 15, 28, u16::MAX] {
         assert_eq!(header(kind, 0, 0), Err(WireError::Type(kind)));
     }
     for kind in Kind::ALL {
