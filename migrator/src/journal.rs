@@ -171,10 +171,11 @@ pub fn encode(record: &HandoffRecord) -> Vec<u8> {
 pub fn decode_all(bytes: &[u8]) -> Result<(Vec<HandoffRecord>, usize), (usize, WireError)> {
     let mut records = Vec::new();
     let mut at = 0;
+    // A file may have been made longer before its bytes arrived: zeros at the end count as not written.
+    let written_end = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
     while at < bytes.len() {
         let rest = &bytes[at..];
-        // A file may have been made longer before its bytes arrived: zeros at the end count as not written.
-        let written = rest.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        let written = written_end.saturating_sub(at);
         let known = written.min(MAGIC.len());
         if rest[..known] != MAGIC[..known] {
             return Err((at, WireError::Magic));
@@ -186,8 +187,11 @@ pub fn decode_all(bytes: &[u8]) -> Result<(Vec<HandoffRecord>, usize), (usize, W
         }
         let end = HEAD_BYTES + length as usize;
         let Some(checksum) = rest.get(end..end + SUM_BYTES) else { break };
-        if xxh3_64(&rest[..end]).to_le_bytes() != checksum {
-            if written < end + SUM_BYTES {
+        let sum = xxh3_64(&rest[..end]).to_le_bytes();
+        if sum != checksum {
+            // Of one that was torn in its checksum, what is there fits. (A checksum may end in zeros of its own.)
+            let there = written.saturating_sub(end);
+            if there < SUM_BYTES && checksum[..there] == sum[..there] {
                 break;
             }
             return Err((at, WireError::Checksum(NAME)));
@@ -285,6 +289,21 @@ mod tests {
             flipped[bit / 8] ^= 1 << (bit % 8);
             let (at, _) = decode_all(&flipped).unwrap_err();
             assert_eq!(at, bit / 8 / one * one);
+        }
+    }
+
+    #[test]
+    fn damage_is_no_torn_tail_where_the_checksum_ends_in_zero() {
+        let good = (0..).map(|unix_ms| encode(&HandoffRecord { unix_ms, ..record(Step::Committed) }));
+        let good = good.into_iter().find(|bytes| bytes.ends_with(&[0])).unwrap();
+        for bit in 0..(good.len() - 1) * 8 {
+            let mut flipped = good.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert!(decode_all(&flipped).is_err(), "bit {bit}");
+        }
+        for cut in 0..good.len() - 1 {
+            let torn = [&good[..cut], &vec![0; good.len() - cut]].concat();
+            assert_eq!(decode_all(&torn), Ok((vec![], 0)), "cut at {cut}");
         }
     }
 
