@@ -140,10 +140,9 @@ impl<D: VirtioDevice + ?Sized> DeviceCell<D> {
                     return Err(CellRestoreError::EventIdx { index });
                 }
             }
+            // What the rings hold is the driver's, and looked at when the device works: a driver that breaks them gets a device
+            // that waits for a reset, there as here, and not a machine that cannot be moved.
             let made = self.make_queues(queues)?;
-            for (index, queue) in made.iter().enumerate().filter(|(_, queue)| queue.ready()) {
-                queue.check_available(&self.memory).map_err(|source| DeviceError::Queue { index, source })?;
-            }
             self.device.restore(device)?;
             self.device.activate(features)?;
             self.active = Some(Active { features, queues: made });

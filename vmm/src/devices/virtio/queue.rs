@@ -153,15 +153,6 @@ impl VirtQueue {
         self.queue.reset();
     }
 
-    /// Whether there are no more buffers available than the queue can hold.
-    pub fn check_available(&self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
-        let index = self.queue.avail_idx(memory, Ordering::Acquire).map_err(QueueError::Available)?;
-        if (index - Wrapping(self.queue.next_avail())).0 > self.queue.size() {
-            return Err(QueueError::Available(virtio_queue::Error::InvalidAvailRingIndex));
-        }
-        Ok(())
-    }
-
     /// Takes the next available chain.
     pub fn pop<'m>(
         &mut self,
