@@ -112,10 +112,10 @@ pub fn load<M: GuestMemoryBackend>(
     let is_bzimage = kernel.get(0x202..0x206) == Some(b"HdrS");
     let low_end = memory.iter().next().map_or(0, |r| r.len()).min(HOLE_START);
     if is_elf {
-        check_elf_fits(kernel, low_end)?;
+        let end = check_elf_fits(kernel, low_end)?;
         let loaded = Elf::load(memory, None, &mut Cursor::new(kernel), Some(GuestAddress(0)))
             .map_err(|e| BootError::Damaged { format: "ELF", why: e.to_string() })?;
-        let initrd = place_initrd(memory, initrd, loaded.kernel_end, low_end, u64::from(u32::MAX))?;
+        let initrd = place_initrd(memory, initrd, end, low_end, u64::from(u32::MAX))?;
         memory.write_slice(&bytes, GuestAddress(CMDLINE))?;
         match loaded.pvh_boot_cap {
             PvhBootCapability::PvhEntryPresent(entry) => {
@@ -136,7 +136,8 @@ pub fn load<M: GuestMemoryBackend>(
     } else if is_bzimage {
         let header = bzimage_header(kernel)?;
         // The decompressor works in place: from its preferred address, `init_size` bytes are its own.
-        let end = header.pref_address.max(HIGH_RAM) + u64::from(header.init_size).max(kernel.len() as u64);
+        let work_space = u64::from(header.init_size).max(kernel.len() as u64);
+        let end = header.pref_address.max(HIGH_RAM).saturating_add(work_space);
         fits("the kernel", end, low_end)?;
         let loaded = BzImage::load(memory, None, &mut Cursor::new(kernel), Some(GuestAddress(HIGH_RAM)))
             .map_err(|e| BootError::Damaged { format: "bzImage", why: e.to_string() })?;
@@ -154,11 +155,12 @@ fn fits(what: &'static str, end: u64, low_end: u64) -> Result<(), BootError> {
     if end > low_end { Err(BootError::DoesNotFit { what, needed_mib, have_mib }) } else { Ok(()) }
 }
 
-/// The loader copies segments; whether they, and their bss, fit is checked here so that the user hears the size.
-fn check_elf_fits(kernel: &[u8], low_end: u64) -> Result<(), BootError> {
+/// The loader copies segments; whether they, and their bss, fit is checked here so that the user hears the size. Gives their end.
+fn check_elf_fits(kernel: &[u8], low_end: u64) -> Result<u64, BootError> {
     let damaged = |why: &str| BootError::Damaged { format: "ELF", why: why.into() };
     let header = read::<Elf64_Ehdr>(kernel, 0).ok_or(damaged("truncated header"))?;
     const EM_X86_64: u16 = 62;
+    let mut last_end = 0;
     if header.e_machine != EM_X86_64 {
         return Err(damaged("its machine is not x86-64"));
     }
@@ -166,11 +168,13 @@ fn check_elf_fits(kernel: &[u8], low_end: u64) -> Result<(), BootError> {
         let at = n.checked_mul(size_of::<Elf64_Phdr>() as u64).and_then(|o| o.checked_add(header.e_phoff));
         let phdr = at.and_then(|at| read::<Elf64_Phdr>(kernel, at)).ok_or(damaged("truncated program headers"))?;
         if phdr.p_type == PT_LOAD {
-            let end = phdr.p_paddr.checked_add(phdr.p_memsz).ok_or(damaged("a segment wraps around"))?;
+            let bytes = phdr.p_memsz.max(phdr.p_filesz);
+            let end = phdr.p_paddr.checked_add(bytes).ok_or(damaged("a segment wraps around"))?;
             fits("the kernel", end, low_end)?;
+            last_end = end.max(last_end);
         }
     }
-    Ok(())
+    Ok(last_end)
 }
 
 fn read<T: Copy + Default + Send + Sync>(bytes: &[u8], at: u64) -> Option<T> {
@@ -192,7 +196,7 @@ fn bzimage_header(kernel: &[u8]) -> Result<setup_header, BootError> {
 /// An initrd in memory: address and length.
 type Placed = Option<(u64, u64)>;
 
-/// As high as the kernel's protocol lets it be, on a page boundary, above the kernel.
+/// As high as the kernel's protocol lets it be, on a page boundary, above the kernel and what else lies below [`HIGH_RAM`].
 fn place_initrd<M: GuestMemoryBackend>(
     memory: &M,
     initrd: Option<&[u8]>,
@@ -202,9 +206,10 @@ fn place_initrd<M: GuestMemoryBackend>(
 ) -> Result<Placed, BootError> {
     let Some(initrd) = initrd.filter(|i| !i.is_empty()) else { return Ok(None) };
     let len = initrd.len() as u64;
-    fits("the initrd above the kernel", kernel_end.next_multiple_of(PAGE) + len, low_end)?;
+    let lowest = kernel_end.max(HIGH_RAM).next_multiple_of(PAGE);
+    fits("the initrd above the kernel", lowest + len, low_end)?;
     let top = low_end.min(max_address.saturating_add(1));
-    let start = (top.saturating_sub(len) & !(PAGE - 1)).max(kernel_end.next_multiple_of(PAGE));
+    let start = (top.saturating_sub(len) & !(PAGE - 1)).max(lowest);
     memory.write_slice(initrd, GuestAddress(start))?;
     Ok(Some((start, len)))
 }
@@ -257,10 +262,10 @@ fn write_zero_page<M: GuestMemoryBackend>(
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.cmd_line_ptr = CMDLINE as u32;
     params.hdr.cmdline_size = cmdline_len as u32;
-    if let Some((start, len)) = initrd {
-        params.hdr.ramdisk_image = start as u32;
-        params.hdr.ramdisk_size = len as u32;
-    }
+    // What the file says there is not of this guest's memory.
+    let (start, len) = initrd.unwrap_or_default();
+    params.hdr.ramdisk_image = start as u32;
+    params.hdr.ramdisk_size = len as u32;
     for (addr, size, ram) in memory_map(memory) {
         let type_ = if ram { E820_RAM } else { E820_RESERVED };
         params.e820_table[usize::from(params.e820_entries)] = boot_e820_entry { addr, size, r#type: type_ };
@@ -324,6 +329,51 @@ mod tests {
         assert!(matches!(error, BootError::DoesNotFit { needed_mib: 24, have_mib: 16, .. }), "{error}");
         let error = load(&memory(25), &bzimage(), Some(&vec![0; 4 << 20]), "").unwrap_err();
         assert!(matches!(error, BootError::DoesNotFit { needed_mib: 28, .. }), "{error}");
+    }
+
+    #[test]
+    fn without_an_initrd_the_kernel_is_told_of_none() {
+        let (memory, mut image) = (memory(64), bzimage());
+        image[0x218..0x220].fill(0xff); // ramdisk_image, ramdisk_size
+        load(&memory, &image, None, "").unwrap();
+        let params: Plain<boot_params> = memory.read_obj(GuestAddress(ZERO_PAGE)).unwrap();
+        assert_eq!((params.0.hdr.ramdisk_image, params.0.hdr.ramdisk_size), (0, 0));
+    }
+
+    #[test]
+    fn a_bzimage_that_wants_the_end_of_all_addresses_does_not_fit() {
+        let mut image = bzimage();
+        image[0x258..0x260].fill(0xff); // pref_address
+        assert!(matches!(load(&memory(64), &image, None, ""), Err(BootError::DoesNotFit { .. })));
+    }
+
+    /// An ELF file of one segment without bytes of its own: `bss_bytes` of zeros at `gpa`.
+    fn bss_elf(gpa: u64, bss_bytes: u64) -> Vec<u8> {
+        let header = Elf64_Ehdr {
+            e_ident: *b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0",
+            e_machine: 62,
+            e_phoff: size_of::<Elf64_Ehdr>() as u64,
+            e_phentsize: size_of::<Elf64_Phdr>() as u16,
+            e_phnum: 1,
+            ..Default::default()
+        };
+        let segment = Elf64_Phdr { p_type: PT_LOAD, p_paddr: gpa, p_memsz: bss_bytes, ..Default::default() };
+        [Plain(header).as_slice(), Plain(segment).as_slice()].concat()
+    }
+
+    #[test]
+    fn an_initrd_lies_neither_in_the_kernels_bss_nor_below_high_memory() {
+        let start = |elf: &[u8], initrd_bytes| {
+            let memory = memory(8);
+            load(&memory, elf, Some(&vec![7; initrd_bytes]), "")?;
+            Ok::<_, BootError>(
+                memory.read_obj::<Plain<boot_params>>(GuestAddress(ZERO_PAGE)).unwrap().0.hdr.ramdisk_image,
+            )
+        };
+        assert_eq!(start(&bss_elf(0x1000, 0x1000), 7 << 20).unwrap(), HIGH_RAM as u32);
+        assert!(matches!(start(&bss_elf(0x1000, 0x1000), (7 << 20) + 1), Err(BootError::DoesNotFit { .. })));
+        assert_eq!(start(&bss_elf(HIGH_RAM, 6 << 20), 1 << 20).unwrap(), 7 << 20);
+        assert!(matches!(start(&bss_elf(HIGH_RAM, 6 << 20), (1 << 20) + 1), Err(BootError::DoesNotFit { .. })));
     }
 
     #[test]
