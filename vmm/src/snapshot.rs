@@ -227,6 +227,45 @@ impl Sections {
     }
 }
 
+/// All of a machine's state, before anything of it is set: what is wrong with the sections themselves is known.
+struct Decoded {
+    machine: MachineState,
+    vcpus: Vec<VcpuState>,
+    serial: SerialState,
+    power: PowerState,
+    virtio: Vec<MmioTransportState>,
+}
+
+impl Decoded {
+    /// For a machine with so many vCPUs and virtio devices.
+    fn new(sections: Vec<Section>, vcpus: usize, virtio: usize) -> Result<Self, SnapshotError> {
+        let mut sections = Sections::new(sections)?;
+        let decoded = Decoded {
+            machine: sections.take(kind::MACHINE, 0)?,
+            vcpus: (0u16..).take(vcpus).map(|id| sections.take(kind::VCPU, id)).collect::<Result<_, _>>()?,
+            serial: sections.take(kind::SERIAL, 0)?,
+            power: sections.take(kind::POWER, 0)?,
+            virtio: (0u16..).take(virtio).map(|slot| sections.take(kind::VIRTIO, slot)).collect::<Result<_, _>>()?,
+        };
+        sections.done()?;
+        for (id, vcpu) in (0u8..).zip(&decoded.vcpus) {
+            vcpu.check(id)?;
+        }
+        Ok(decoded)
+    }
+}
+
+/// For `fuzz/`, which has no KVM: decodes as [`Vm::restore`] does, and gives what is restored without KVM.
+#[doc(hidden)]
+pub fn decode_devices(
+    sections: Vec<Section>,
+    vcpus: usize,
+    virtio: usize,
+) -> Result<(SerialState, PowerState, Vec<MmioTransportState>), SnapshotError> {
+    let Decoded { machine: _, vcpus: _, serial, power, virtio } = Decoded::new(sections, vcpus, virtio)?;
+    Ok((serial, power, virtio))
+}
+
 impl Vm {
     /// The state of the paused VM.
     pub fn save(&self) -> Result<Vec<Section>, SnapshotError> {
@@ -270,16 +309,8 @@ impl Vm {
         if self.state != RunState::Paused {
             return Err(SnapshotError::Running);
         }
-        let mut sections = Sections::new(sections)?;
-        let machine: MachineState = sections.take(kind::MACHINE, 0)?;
-        let vcpus: Vec<VcpuState> =
-            self.vcpus.iter().map(|v| sections.take(kind::VCPU, v.id().into())).collect::<Result<_, _>>()?;
-        let serial: SerialState = sections.take(kind::SERIAL, 0)?;
-        let power: PowerState = sections.take(kind::POWER, 0)?;
-        let virtio: Vec<MmioTransportState> =
-            (0u16..).zip(&self.virtio).map(|(slot, _)| sections.take(kind::VIRTIO, slot)).collect::<Result<_, _>>()?;
-        sections.done()?;
-
+        let Decoded { machine, vcpus, serial, power, virtio } =
+            Decoded::new(sections, self.vcpus.len(), self.virtio.len())?;
         let MachineState { pic_master, pic_slave, ioapic, pit, clock, clock_read_at_ns } = machine;
         for (chip_id, mut chip) in
             [(KVM_IRQCHIP_PIC_MASTER, pic_master), (KVM_IRQCHIP_PIC_SLAVE, pic_slave), (KVM_IRQCHIP_IOAPIC, ioapic)]
@@ -354,6 +385,48 @@ mod tests {
             kinds.insert(kind);
         }
         assert_eq!(kinds.into_iter().collect::<Vec<_>>(), [1, 2, 3, 4, 5], "each kind has a file");
+    }
+
+    /// `tests/golden/state-v1`: a machine with one vCPU, an entropy device and a network device.
+    fn golden() -> Vec<Section> {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/state-v1");
+        let read = |(kind, instance)| {
+            let bytes = std::fs::read(dir.join(format!("{kind}-{instance}"))).unwrap();
+            Section { kind, instance, version: 1, bytes }
+        };
+        [(1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (5, 1)].map(read).into()
+    }
+
+    #[test]
+    fn more_registers_or_cpuid_entries_than_kvm_takes_at_once_are_refused_before_anything_is_set() {
+        let decode = |change: fn(&mut VcpuState)| {
+            let mut sections = golden();
+            let mut vcpu = Sections::new(golden()).unwrap().take(kind::VCPU, 0).unwrap();
+            change(&mut vcpu);
+            sections[1] = section(kind::VCPU, 0, &vcpu);
+            Decoded::new(sections, 1, 2).map(drop)
+        };
+        decode(|vcpu| vcpu.msrs.resize(256, Default::default())).unwrap();
+        decode(|vcpu| vcpu.cpuid.resize(256, Default::default())).unwrap();
+        let error = decode(|vcpu| vcpu.msrs.resize(257, Default::default())).unwrap_err().to_string();
+        assert_eq!(error, "vCPU 0: saved state has 257 MSRs, at most 256 can be set");
+        assert!(decode(|vcpu| vcpu.cpuid.resize(257, Default::default())).is_err());
+    }
+
+    #[test]
+    fn sections_that_are_missing_doubled_or_not_the_machines_are_refused() {
+        let decode = |change: fn(&mut Vec<Section>)| {
+            let mut sections = golden();
+            change(&mut sections);
+            Decoded::new(sections, 1, 2).map(drop)
+        };
+        decode(|_| {}).unwrap();
+        decode(|sections| sections.reverse()).unwrap();
+        assert!(matches!(decode(|s| drop(s.remove(5))), Err(SnapshotError::Missing { kind: 5, instance: 1 })));
+        assert!(matches!(decode(|s| s.push(s[0].clone())), Err(SnapshotError::Twice { kind: 1, instance: 0 })));
+        assert!(matches!(decode(|s| s[0].version = 2), Err(SnapshotError::Version { kind: 1, version: 2 })));
+        let more = |s: &mut Vec<Section>| s.push(Section { instance: 2, ..s[5].clone() });
+        assert!(matches!(decode(more), Err(SnapshotError::Unknown { kind: 5, instance: 2 })));
     }
 
     #[test]

@@ -6,8 +6,8 @@
 //! before its deadline, and after the kvm-clock that it is tied to; events and `mp_state` last.
 
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -66,8 +66,19 @@ pub enum VcpuStateError {
     },
 }
 
-/// The most MSRs that are taken from saved state; hosts list about a hundred.
-const MAX_MSRS: usize = 512;
+impl VcpuState {
+    /// Checks the counts, which KVM would not: of vCPU `id`.
+    pub(crate) fn check(&self, id: u8) -> Result<(), VcpuStateError> {
+        for (what, count, most) in
+            [("MSRs", self.msrs.len(), KVM_MAX_MSR_ENTRIES), ("CPUID entries", self.cpuid.len(), KVM_MAX_CPUID_ENTRIES)]
+        {
+            if count > most {
+                return Err(VcpuStateError::Invalid { id, what: format!("{count} {what}, at most {most} can be set") });
+            }
+        }
+        Ok(())
+    }
+}
 
 /// Reads the state of the parked vCPU `id`. `cpuid` is what it was told: KVM_GET_CPUID2 is not asked, because a software KVM
 /// answers with what the processor has. `clock` is the machine's, just saved. `msr_indices` are those that this host saves.
@@ -104,17 +115,11 @@ pub struct Passed {
     pub now: kvm_clock_data,
 }
 
-/// Sets the state of the parked, fresh vCPU `id`. Its TSC goes on by what has `passed` for the kvm-clock, which is set already.
+/// Sets the state, which was [checked](VcpuState::check), of the parked, fresh vCPU `id`. Its TSC goes on by what has `passed` for the kvm-clock, which is set already.
 pub fn restore(id: u8, fd: &VcpuFd, state: &VcpuState, passed: &Passed) -> Result<(), VcpuStateError> {
     let VcpuState { cpuid, tsc_khz, tsc, mp_state, regs, sregs, xsave, xcrs, debug_regs, lapic, msrs, events } = state;
     let ioctl = |ioctl| move |source| VcpuStateError::Ioctl { id, ioctl, source };
-    if msrs.len() > MAX_MSRS {
-        return Err(VcpuStateError::Invalid { id, what: format!("{} MSRs", msrs.len()) });
-    }
-    let cpuid = kvm_bindings::CpuId::from_entries(cpuid)
-        .ok()
-        .filter(|c| c.as_slice().len() <= KVM_MAX_CPUID_ENTRIES)
-        .ok_or_else(|| VcpuStateError::Invalid { id, what: format!("{} CPUID entries", cpuid.len()) })?;
+    let cpuid = kvm_bindings::CpuId::from_entries(cpuid).expect("the number of entries was checked");
     fd.set_cpuid2(&cpuid).map_err(ioctl("KVM_SET_CPUID2"))?;
     // Needed only where the frequency differs, and refused where the host cannot scale: the preflight has compared them.
     if fd.get_tsc_khz().map_err(ioctl("KVM_GET_TSC_KHZ"))? != *tsc_khz {
