@@ -210,13 +210,15 @@ impl Sections {
         Ok(Sections(map))
     }
 
-    fn take<T: DeserializeOwned>(&mut self, kind: u16, instance: u16) -> Result<T, SnapshotError> {
-        let section = self.0.remove(&(kind, instance)).ok_or(SnapshotError::Missing { kind, instance })?;
+    fn take<T: Serialize + DeserializeOwned>(&mut self, kind: u16, instance: u16) -> Result<T, SnapshotError> {
+        let found = self.0.remove(&(kind, instance)).ok_or(SnapshotError::Missing { kind, instance })?;
         let damaged = |source| SnapshotError::Damaged { kind, instance, source };
-        match postcard::take_from_bytes(&section.bytes).map_err(damaged)? {
-            (state, []) => Ok(state),
-            (_, _) => Err(damaged(postcard::Error::DeserializeBadEncoding)),
+        let state = postcard::from_bytes(&found.bytes).map_err(damaged)?;
+        // Not a byte too many, and not another length of a structure of KVM's, which kvm-bindings would fill up or cut without a word.
+        if section(kind, instance, &state).bytes != found.bytes {
+            return Err(damaged(postcard::Error::DeserializeBadEncoding));
         }
+        Ok(state)
     }
 
     fn done(self) -> Result<(), SnapshotError> {
@@ -411,6 +413,16 @@ mod tests {
         let error = decode(|vcpu| vcpu.msrs.resize(257, Default::default())).unwrap_err().to_string();
         assert_eq!(error, "vCPU 0: saved state has 257 MSRs, at most 256 can be set");
         assert!(decode(|vcpu| vcpu.cpuid.resize(257, Default::default())).is_err());
+    }
+
+    #[test]
+    fn a_structure_of_another_length_than_kvms_is_refused() {
+        let mut sections = golden();
+        // The first of a machine's is a `kvm_irqchip` of 520 bytes.
+        assert_eq!(sections[0].bytes[..2], [0x88, 4]);
+        sections[0].bytes[0] -= 1;
+        sections[0].bytes.remove(2);
+        assert!(matches!(Decoded::new(sections, 1, 2), Err(SnapshotError::Damaged { kind: 1, .. })));
     }
 
     #[test]
