@@ -8,6 +8,9 @@ pub const MAX_CPUS: u8 = 64;
 /// The most network interfaces: one virtio slot is the random-number generator's.
 pub const MAX_NICS: usize = MAX_VIRTIO_DEVICES - 1;
 
+/// The most addresses that are told of one network interface. All of them are announced after a migration, several times.
+pub const MAX_ADDRESSES: usize = 64;
+
 /// The machine that a guest sees. Both sides of a migration build it from the same description.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmConfig {
@@ -31,6 +34,9 @@ pub enum ConfigError {
     /// Too many interfaces.
     #[error("{0} network interfaces: a VM has at most {MAX_NICS}")]
     Nics(usize),
+    /// Too many addresses.
+    #[error("{0} addresses of network interface {1}: at most {MAX_ADDRESSES} can be given")]
+    Addresses(usize, usize),
     /// A multicast or zero MAC address.
     #[error("{0} cannot be an interface's MAC address: it must be unicast (first byte even) and not zero")]
     Mac(MacAddress),
@@ -53,6 +59,9 @@ impl VmConfig {
             return Err(ConfigError::Nics(nics.len()));
         }
         for (i, nic) in nics.iter().enumerate() {
+            if nic.addresses.len() > MAX_ADDRESSES {
+                return Err(ConfigError::Addresses(nic.addresses.len(), i));
+            }
             if !nic.mac.is_unicast() {
                 return Err(ConfigError::Mac(nic.mac));
             }
@@ -84,6 +93,10 @@ mod tests {
         assert_eq!(with(|c| c.memory_bytes += 4096), ConfigError::Memory((256 << 20) + 4096));
         assert_eq!(with(|c| c.memory_bytes = 1 << 40), ConfigError::Memory(1 << 40));
         assert_eq!(with(|c| c.nics = vec![c.nics[0].clone(); 8]), ConfigError::Nics(8));
+        assert_eq!(
+            with(|c| c.nics[1].addresses = vec![[10, 0, 0, 1].into(); MAX_ADDRESSES + 1]),
+            ConfigError::Addresses(65, 1)
+        );
         assert!(matches!(with(|c| c.nics[1] = c.nics[0].clone()), ConfigError::DuplicateMac(_)));
         assert!(matches!(with(|c| c.nics[0].mac.0[0] = 1), ConfigError::Mac(_)));
         assert!(matches!(with(|c| c.nics[0].mac = MacAddress([0; 6])), ConfigError::Mac(_)));
