@@ -159,10 +159,10 @@ fn a_single_damaged_byte_is_found_once() {
 #[test]
 fn it_answers_the_network_and_switches_off() {
     for acpi in ["off", "on"] {
-        let (http, echo) = (free_port(), free_port());
+        let (http, echo, counters) = (free_port(), free_port(), free_port());
         let net = format!(
             "user,id=n,hostfwd=tcp:127.0.0.1:{http}-10.0.2.15:80,hostfwd=tcp:127.0.0.1:{echo}-10.0.2.15:7,\
-             hostfwd=udp:127.0.0.1:{echo}-10.0.2.15:7"
+             hostfwd=udp:127.0.0.1:{echo}-10.0.2.15:7,hostfwd=udp:127.0.0.1:{counters}-10.0.2.15:8"
         );
         let more = ["-netdev", &net, "-device", "virtio-net-device,netdev=n"];
         let Some(guest) = Guest::boot(acpi, "ws=8M rate=1M ip=10.0.2.15/24 gw=10.0.2.2", &more) else { return };
@@ -179,9 +179,12 @@ fn it_answers_the_network_and_switches_off() {
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
         udp.set_read_timeout(Some(PATIENCE)).unwrap();
         udp.send_to(b"are you there?", ("127.0.0.1", echo)).unwrap();
-        let mut datagram = [0; 64];
+        let mut datagram = [0; 128];
         let bytes = udp.recv(&mut datagram).unwrap();
         assert_eq!(&datagram[..bytes], b"are you there?");
+        udp.send_to(b"which answer is mine", ("127.0.0.1", counters)).unwrap();
+        assert_eq!((udp.recv(&mut datagram).unwrap(), &datagram[..16]), (72, &b"which answer is "[..]));
+        assert_eq!(datagram[64], 1, "it was filled");
 
         // More than all the buffers on the way hold, so that the windows close and open.
         let sent: Vec<u8> = (0..2_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();

@@ -10,6 +10,19 @@ use core::net::{Ipv4Addr, Ipv6Addr};
 /// The shortest report interval: below it the serial port would be all that the guest does.
 pub const SHORTEST_REPORT_NS: u64 = 10_000_000;
 
+/// What pages are filled with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Nothing that compresses.
+    Random,
+    /// Source code.
+    Text,
+    /// Machine code.
+    Binary,
+    /// Zeros.
+    Zero,
+}
+
 /// What the command line says.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Settings {
@@ -17,6 +30,8 @@ pub struct Settings {
     pub load: Load,
     /// Seeds the page contents and the random pattern.
     pub seed: u64,
+    /// What pages are filled with.
+    pub content: Content,
     /// Time between two reports, nanoseconds.
     pub report_ns: u64,
     /// The longest that the guest sleeps, nanoseconds; `None` lets the guest choose.
@@ -36,6 +51,7 @@ impl Default for Settings {
         Self {
             load: Load::default(),
             seed: 1,
+            content: Content::Random,
             report_ns: 100_000_000,
             tick_ns: None,
             spin: false,
@@ -66,6 +82,15 @@ impl Settings {
         }
         match key {
             "seed" => self.seed = parse_decimal(value).ok_or(Expected("a number"))?,
+            "content" => {
+                self.content = match value {
+                    "random" => Content::Random,
+                    "text" => Content::Text,
+                    "binary" => Content::Binary,
+                    "zero" => Content::Zero,
+                    _ => return Err(Expected("random, text, binary or zero")),
+                }
+            }
             "report" => {
                 self.report_ns = parse_duration_ns(value)
                     .filter(|&ns| ns >= SHORTEST_REPORT_NS)
@@ -121,7 +146,7 @@ mod tests {
     fn every_word_is_taken() {
         let (settings, warnings) = parse(
             "ws=128M rate=max pattern=random seed=7 report=1s tick=2ms idle=spin verify=0 ip=10.0.0.2/24 gw=10.0.0.1 \
-             ip6=fd00::2/64",
+             ip6=fd00::2/64 content=text fill=1G zero=2M",
         );
         assert!(warnings.is_empty(), "{warnings:?}");
         assert_eq!(settings.load.ws_bytes, 128 << 20);
@@ -130,6 +155,8 @@ mod tests {
         assert_eq!(settings.load.pattern, Pattern::Random);
         assert_eq!((settings.seed, settings.report_ns, settings.tick_ns), (7, 1_000_000_000, Some(2_000_000)));
         assert!(settings.spin);
+        assert_eq!(settings.content, Content::Text);
+        assert_eq!((settings.load.fill_bytes, settings.load.zero_bytes), (1 << 30, 2 << 20));
         assert_eq!(settings.ip, Some((Ipv4Addr::new(10, 0, 0, 2), 24)));
         assert_eq!(settings.gateway, Some(Ipv4Addr::new(10, 0, 0, 1)));
         assert_eq!(settings.ip6, Some(("fd00::2".parse().unwrap(), 64)));
@@ -144,10 +171,11 @@ mod tests {
 
     #[test]
     fn a_bad_value_warns_and_leaves_the_default() {
-        let line = "ws=lots rate=-1 pattern=x seed=y report=1ms tick=1s idle=maybe ip=10.0.0.2 gw=z ip6=fd00::2/129";
+        let line = "ws=lots rate=-1 pattern=x seed=y report=1ms tick=1s idle=maybe ip=10.0.0.2 gw=z ip6=fd00::2/129 \
+                    content=prose fill=all zero=-1";
         let (settings, warnings) = parse(line);
         assert_eq!(settings, Settings::default());
-        assert_eq!(warnings.len(), 10, "{warnings:?}");
+        assert_eq!(warnings.len(), 13, "{warnings:?}");
         assert!(warnings[0].starts_with("ws=lots: a size"));
     }
 }

@@ -1,7 +1,7 @@
 //! HTTP, as much of it as a status page and a few knobs need: one request a connection, answered at once.
 
 use crate::load::{Expected, Load};
-use crate::report::{LoadFields, Status};
+use crate::report::{LoadFields, Sample, Status};
 use crate::text::{Escaped, Text};
 use core::fmt::{self, Write};
 
@@ -13,8 +13,10 @@ pub const MOST_REQUEST_BYTES: usize = 2048;
 /// An answer as it goes on the wire.
 pub type Answer = Text<MOST_ANSWER_BYTES>;
 
-/// What the server may ask of the guest.
+/// What the services may ask of the guest.
 pub trait Guest {
+    /// The counters as they are now.
+    fn sample(&mut self) -> Sample;
     /// The last report, and the time now.
     fn status(&self) -> Status;
     /// The load in force.
@@ -140,6 +142,9 @@ mod tests {
     struct Fake(Load);
 
     impl Guest for Fake {
+        fn sample(&mut self) -> Sample {
+            Sample::default()
+        }
         fn status(&self) -> Status {
             Status { report: Report::default(), uptime_ms: 42 }
         }
@@ -179,7 +184,9 @@ mod tests {
         let mut guest = Fake(Load::default());
         let (text, _) = ask(&mut guest, "/work?ws=1G&rate=max&pattern=random");
         assert!(
-            text.ends_with("{\"ws\":134217728,\"rate\":\"max\",\"pattern\":\"random\",\"verify\":67108864}\n"),
+            text.ends_with(
+                "{\"ws\":134217728,\"rate\":\"max\",\"pattern\":\"random\",\"verify\":67108864,\"fill\":0,\"zero\":0}\n"
+            ),
             "{text}"
         );
         assert_eq!((guest.0.rate, guest.0.pattern), (Rate::Max, Pattern::Random));

@@ -32,6 +32,8 @@ pub enum Pattern {
     Sequential,
     /// Drawn from a generator seeded by `seed=`.
     Random,
+    /// As random, but only one cache line of a page changes.
+    Sparse,
 }
 
 impl fmt::Display for Pattern {
@@ -39,6 +41,7 @@ impl fmt::Display for Pattern {
         f.write_str(match self {
             Self::Sequential => "seq",
             Self::Random => "random",
+            Self::Sparse => "sparse",
         })
     }
 }
@@ -46,8 +49,12 @@ impl fmt::Display for Pattern {
 /// The load that can be changed while the guest runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Load {
-    /// Working set, bytes.
+    /// Working set, bytes: what is written again and again.
     pub ws_bytes: u64,
+    /// How much has content, the working set included, bytes.
+    pub fill_bytes: u64,
+    /// How much after that is written once, with zeros, bytes.
+    pub zero_bytes: u64,
     /// How fast pages are written.
     pub rate: Rate,
     /// In which order.
@@ -60,6 +67,8 @@ impl Default for Load {
     fn default() -> Self {
         Self {
             ws_bytes: 64 << 20,
+            fill_bytes: 0,
+            zero_bytes: 0,
             rate: Rate::BytesPerSecond(16 << 20),
             pattern: Pattern::Sequential,
             verify: Rate::BytesPerSecond(64 << 20),
@@ -79,12 +88,15 @@ impl Load {
                 .filter(|&bytes| bytes >= PAGE_BYTES)
                 .map(|bytes| self.ws_bytes = bytes)
                 .ok_or(Expected("a size of at least 4K, such as 64M or 1G")),
+            "fill" => parse_size(value).map(|bytes| self.fill_bytes = bytes).ok_or(EXPECTED_SIZE),
+            "zero" => parse_size(value).map(|bytes| self.zero_bytes = bytes).ok_or(EXPECTED_SIZE),
             "rate" => parse_rate(value).map(|rate| self.rate = rate).ok_or(EXPECTED_RATE),
             "verify" => parse_rate(value).map(|rate| self.verify = rate).ok_or(EXPECTED_RATE),
             "pattern" => match value {
                 "seq" => Ok(Pattern::Sequential),
                 "random" => Ok(Pattern::Random),
-                _ => Err(Expected("seq or random")),
+                "sparse" => Ok(Pattern::Sparse),
+                _ => Err(Expected("seq, random or sparse")),
             }
             .map(|pattern| self.pattern = pattern),
             _ => return None,
@@ -92,6 +104,7 @@ impl Load {
     }
 }
 
+const EXPECTED_SIZE: Expected = Expected("a size, such as 512M");
 const EXPECTED_RATE: Expected = Expected("bytes a second, such as 200M, or 0 or max");
 
 /// A size in bytes: digits and one of K, M, G, T (powers of 1024), or none.

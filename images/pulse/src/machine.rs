@@ -5,16 +5,17 @@ use crate::platform::apic::SleepTimer;
 use crate::platform::boot_info::{BootInfo, LowMemory};
 use crate::platform::clock::Clock;
 use crate::platform::interrupts;
-use crate::platform::memory::{Memory, WorkingMemory};
+use crate::platform::memory::{Memory, WorkingMemory, program};
 use crate::platform::power::Power;
 use crate::platform::serial::Serial;
 use pulse_core::acpi::Acpi;
-use pulse_core::cmdline::Settings;
+use pulse_core::cmdline::{Content, Settings};
 use pulse_core::console::Limiter;
 use pulse_core::discovery::Devices;
 use pulse_core::http::{Command, Guest};
 use pulse_core::load::{Load, Rate};
-use pulse_core::report::{LoadFields, Report, Status, WrongPageEvent};
+use pulse_core::page::{Body, Recipe};
+use pulse_core::report::{LoadFields, Report, Sample, Status, WrongPageEvent};
 use pulse_core::text::Escaped;
 use pulse_core::workload::Workload;
 
@@ -26,6 +27,21 @@ const BUSY_TICK_NS: u64 = 1_000_000;
 const IDLE_TICK_NS: u64 = 10_000_000;
 /// Time for an answer to leave before the machine ends.
 const COMMAND_DELAY_NS: u64 = 50_000_000;
+
+/// Text of which pages can be made: the guest's own sources.
+const TEXT: &str = concat!(
+    include_str!("acpi.rs"),
+    include_str!("cmdline.rs"),
+    include_str!("http.rs"),
+    include_str!("load.rs"),
+    include_str!("machine.rs"),
+    include_str!("net/device.rs"),
+    include_str!("net/services.rs"),
+    include_str!("page.rs"),
+    include_str!("report.rs"),
+    include_str!("workload.rs"),
+    include_str!("workload/tests.rs"),
+);
 
 /// The guest's state.
 pub struct Machine<'s> {
@@ -41,6 +57,8 @@ pub struct Machine<'s> {
     next_report_ns: u64,
     last_ns: u64,
     max_gap_ns: u64,
+    /// The same since the last sample.
+    sample_gap_ns: u64,
     filled: bool,
     net: Option<Net<'s>>,
     /// What HTTP asked for, and when its answer will have left.
@@ -68,7 +86,13 @@ impl<'s> Machine<'s> {
         let mut memory = Memory::new(boot.ram);
         let net = Net::start(&settings, &devices, &acpi.io_apics, &mut memory, sockets, clock.now());
         let (pages, generations) = memory.into_pages();
-        let workload = Workload::new(pages, generations, settings.seed, settings.load);
+        let body = match settings.content {
+            Content::Random => Body::Random,
+            Content::Text => Body::Corpus(TEXT.as_bytes()),
+            Content::Binary => Body::Corpus(program()),
+            Content::Zero => Body::Zero,
+        };
+        let workload = Workload::new(pages, generations, Recipe { seed: settings.seed, body }, settings.load);
         serial.line(format_args!(
             "{{\"event\":\"start\",\"version\":\"{}\",{},\"seed\":{},\"memory\":{},\"clock\":\"{}\"}}",
             env!("CARGO_PKG_VERSION"),
@@ -104,6 +128,7 @@ impl<'s> Machine<'s> {
             next_report_ns: now_ns + settings.report_ns,
             last_ns: now_ns,
             max_gap_ns: 0,
+            sample_gap_ns: 0,
             filled: false,
             net,
             command: None,
@@ -114,6 +139,7 @@ impl<'s> Machine<'s> {
     pub fn step(&mut self) {
         let now_ns = self.clock.now();
         self.max_gap_ns = self.max_gap_ns.max(now_ns - self.last_ns);
+        self.sample_gap_ns = self.sample_gap_ns.max(now_ns - self.last_ns);
         self.last_ns = now_ns;
 
         let mut busy = self.work(now_ns);
@@ -147,7 +173,13 @@ impl<'s> Machine<'s> {
 
     fn talk(&mut self, now_ns: u64) -> bool {
         let Some(net) = &mut self.net else { return false };
-        let mut view = View { workload: &mut self.workload, filled: &mut self.filled, report: self.report, now_ns };
+        let mut view = View {
+            workload: &mut self.workload,
+            filled: &mut self.filled,
+            report: self.report,
+            now_ns,
+            gap_ns: &mut self.sample_gap_ns,
+        };
         let (busy, command) = net.poll(now_ns, &mut view);
         if let Some(command) = command {
             self.command.get_or_insert((command, now_ns + COMMAND_DELAY_NS));
@@ -204,9 +236,19 @@ struct View<'a> {
     filled: &'a mut bool,
     report: Report,
     now_ns: u64,
+    gap_ns: &'a mut u64,
 }
 
 impl Guest for View<'_> {
+    fn sample(&mut self) -> Sample {
+        Sample {
+            now_ns: self.now_ns,
+            counters: self.workload.counters(),
+            max_gap_ns: core::mem::take(self.gap_ns),
+            is_filled: self.workload.is_filled(),
+        }
+    }
+
     fn status(&self) -> Status {
         Status { report: self.report, uptime_ms: self.now_ns / 1_000_000 }
     }

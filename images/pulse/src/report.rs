@@ -50,13 +50,52 @@ impl fmt::Display for Status {
     }
 }
 
+/// What one datagram to the counters port is answered with: `docs/pulse.md` has the layout.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sample {
+    /// The guest's time, nanoseconds.
+    pub now_ns: u64,
+    /// Totals since the start, up to now.
+    pub counters: Counters,
+    /// The longest hole in the guest's time since the sample before, nanoseconds.
+    pub max_gap_ns: u64,
+    /// Whether every page has the content that it is to begin with.
+    pub is_filled: bool,
+}
+
+/// Bytes of a request that come back in front of the sample.
+pub const SAMPLE_TAG_BYTES: usize = 16;
+/// Bytes of an answer.
+pub const SAMPLE_BYTES: usize = SAMPLE_TAG_BYTES + 7 * 8;
+
+impl Sample {
+    /// The answer to `request`, which is cut or padded with zeros to its tag.
+    pub fn answer(&self, request: &[u8]) -> [u8; SAMPLE_BYTES] {
+        let Self {
+            now_ns,
+            counters: Counters { sweeps, pages_written, pages_verified, errors },
+            max_gap_ns,
+            is_filled,
+        } = *self;
+        let mut bytes = [0; SAMPLE_BYTES];
+        let tag = request.len().min(SAMPLE_TAG_BYTES);
+        bytes[..tag].copy_from_slice(&request[..tag]);
+        let words = [now_ns, sweeps, pages_written, pages_verified, errors, max_gap_ns, u64::from(is_filled)];
+        for (chunk, word) in bytes[SAMPLE_TAG_BYTES..].chunks_exact_mut(8).zip(words) {
+            chunk.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
+    }
+}
+
 /// Settings in force, the fields of an object without its braces.
 pub struct LoadFields(pub Load);
 
 impl fmt::Display for LoadFields {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Load { ws_bytes, rate, pattern, verify } = self.0;
-        write!(f, "\"ws\":{ws_bytes},\"rate\":{rate},\"pattern\":\"{pattern}\",\"verify\":{verify}")
+        let Load { ws_bytes, fill_bytes, zero_bytes, rate, pattern, verify } = self.0;
+        write!(f, "\"ws\":{ws_bytes},\"rate\":{rate},\"pattern\":\"{pattern}\",\"verify\":{verify}")?;
+        write!(f, ",\"fill\":{fill_bytes},\"zero\":{zero_bytes}")
     }
 }
 
@@ -131,6 +170,20 @@ mod tests {
     #[test]
     fn a_load_shows_max_as_a_word() {
         let load = Load { rate: Rate::Max, ..Load::default() };
-        assert_eq!(LoadFields(load).to_string(), r#""ws":67108864,"rate":"max","pattern":"seq","verify":67108864"#);
+        assert_eq!(
+            LoadFields(load).to_string(),
+            r#""ws":67108864,"rate":"max","pattern":"seq","verify":67108864,"fill":0,"zero":0"#
+        );
+    }
+
+    #[test]
+    fn a_sample_is_laid_out_as_documented() {
+        let counters = Counters { sweeps: 2, pages_written: 3, pages_verified: 4, errors: 5 };
+        let sample = Sample { now_ns: 0x1_0000_0001, counters, max_gap_ns: 6, is_filled: true };
+        let bytes = sample.answer(b"twenty bytes of text");
+        assert_eq!(&bytes[..16], b"twenty bytes of ");
+        let words: Vec<u64> = bytes[16..].as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
+        assert_eq!(words, [0x1_0000_0001, 2, 3, 4, 5, 6, 1]);
+        assert_eq!(sample.answer(b"ab")[..16], *b"ab\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
     }
 }

@@ -8,14 +8,15 @@
 //!
 //! **Pages come into being in order.** A page without content cannot be checked, so a fresh working set is first filled
 //! from its start, at full speed; only pages below `filled` are written and checked, and only their table entries mean
-//! anything. A working set that shrinks keeps what is filled, and finds it again when it grows.
+//! anything. After the working set come pages that are written once, then pages that get zeros once (generation 0). A
+//! working set that shrinks keeps what is filled, and finds it again when it grows.
 //!
 //! One call of [`Workload::step`] touches a few pages, microseconds of work, so that the main loop reads its clock often
 //! enough to see a short hole.
 
 use crate::load::{Load, Pattern};
 use crate::pacer::Pacer;
-use crate::page::{self, Found, PAGE_BYTES, Page, Stamp};
+use crate::page::{self, Body, Found, LAST_GENERATION, PAGE_BYTES, Page, Recipe, SPARSE, Stamp};
 
 /// Pages of one kind (filled, written, checked) that a step touches at most.
 pub const PAGES_A_STEP: usize = 4;
@@ -65,11 +66,15 @@ impl Random {
 pub struct Workload<'t, P> {
     pages: P,
     generations: &'t mut [u32],
-    seed: u64,
+    recipe: Recipe,
     load: Load,
     /// Pages in the working set.
     set: u64,
-    /// Pages that have content.
+    /// Pages that get content, the working set included.
+    content: u64,
+    /// Pages that get content or zeros.
+    all: u64,
+    /// Pages that have theirs.
     filled: u64,
     next_write: u64,
     next_check: u64,
@@ -81,17 +86,19 @@ pub struct Workload<'t, P> {
 
 impl<'t, P: Pages> Workload<'t, P> {
     /// A workload that has written nothing yet. `generations` is the table, one entry a page, of any content.
-    pub fn new(pages: P, generations: &'t mut [u32], seed: u64, load: Load) -> Self {
+    pub fn new(pages: P, generations: &'t mut [u32], recipe: Recipe, load: Load) -> Self {
         let mut workload = Self {
             pages,
             generations,
-            seed,
+            recipe,
             load,
             set: 0,
+            content: 0,
+            all: 0,
             filled: 0,
             next_write: 0,
             next_check: 0,
-            random: Random(seed),
+            random: Random(recipe.seed),
             writes: Pacer::new(load.rate),
             checks: Pacer::new(load.verify),
             counters: Counters::default(),
@@ -115,21 +122,25 @@ impl<'t, P: Pages> Workload<'t, P> {
         self.pages.count().min(self.generations.len() as u64) * PAGE_BYTES
     }
 
-    /// Whether every page of the working set has content.
+    /// Whether every page has the content that it is to begin with.
     pub fn is_filled(&self) -> bool {
-        self.filled >= self.set
+        self.filled >= self.all
     }
 
     /// Changes the load; the working set is clipped to the memory that is there. Returns the load now in force.
     pub fn set_load(&mut self, load: Load) -> Load {
-        self.set = (load.ws_bytes.min(self.capacity_bytes())) / PAGE_BYTES;
+        let capacity_bytes = self.capacity_bytes();
+        let pages = |bytes: u64| bytes.min(capacity_bytes) / PAGE_BYTES;
+        self.set = pages(load.ws_bytes);
+        self.content = pages(load.fill_bytes).max(self.set);
+        self.all = pages((self.content * PAGE_BYTES).saturating_add(load.zero_bytes));
         self.load = Load { ws_bytes: self.set * PAGE_BYTES, ..load };
         self.writes.set_rate(load.rate);
         self.checks.set_rate(load.verify);
         if self.next_write >= self.set {
             self.next_write = 0;
         }
-        if self.next_check >= self.set {
+        if self.next_check >= self.all {
             self.next_check = 0;
         }
         self.load
@@ -162,7 +173,7 @@ impl<'t, P: Pages> Workload<'t, P> {
             }
             self.check(self.next_check, &mut wrong);
             self.next_check += 1;
-            if self.next_check == self.set {
+            if self.next_check == self.all {
                 self.next_check = 0;
                 self.counters.sweeps += 1;
             }
@@ -172,16 +183,20 @@ impl<'t, P: Pages> Workload<'t, P> {
     }
 
     fn fill(&mut self) {
-        for number in self.filled..self.set.min(self.filled + PAGES_A_STEP as u64) {
+        for number in self.filled..self.all.min(self.filled + PAGES_A_STEP as u64) {
             self.generations[number as usize] = 0;
-            self.write(number);
+            if number < self.content {
+                self.write(number);
+            } else {
+                self.rewrite(number);
+            }
             self.filled = number + 1;
         }
     }
 
     fn choose(&mut self) -> u64 {
         match self.load.pattern {
-            Pattern::Random => self.random.below(self.set),
+            Pattern::Random | Pattern::Sparse => self.random.below(self.set),
             Pattern::Sequential => {
                 let number = self.next_write;
                 self.next_write = if number + 1 == self.set { 0 } else { number + 1 };
@@ -192,20 +207,37 @@ impl<'t, P: Pages> Workload<'t, P> {
 
     fn write(&mut self, number: u64) {
         let generation = &mut self.generations[number as usize];
-        *generation = generation.wrapping_add(1);
-        page::write(self.pages.page(number), self.seed, Stamp { number, generation: *generation });
+        let before = *generation;
+        let next = before & LAST_GENERATION;
+        // Generation 0 is a page of zeros.
+        *generation = if next == LAST_GENERATION { 1 } else { next + 1 };
         self.counters.pages_written += 1;
+        if self.load.pattern == Pattern::Sparse {
+            *generation |= SPARSE;
+            // A page of zeros stays one whatever its generation.
+            if before & SPARSE != 0 && !matches!(self.recipe.body, Body::Zero) {
+                let stamp = Stamp { number, generation: *generation };
+                return page::write_head(self.pages.page(number), &self.recipe, stamp);
+            }
+        }
+        self.rewrite(number);
+    }
+
+    /// Writes the whole page as its table entry says.
+    fn rewrite(&mut self, number: u64) {
+        let stamp = Stamp { number, generation: self.generations[number as usize] };
+        page::write(self.pages.page(number), &self.recipe, stamp);
     }
 
     fn check(&mut self, number: u64, wrong: &mut impl FnMut(WrongPage, &P)) {
         let expected = Stamp { number, generation: self.generations[number as usize] };
         let page = self.pages.page(number);
         self.counters.pages_verified += 1;
-        if !page::is_right(page, self.seed, expected) {
-            let found = page::diagnose(page, self.seed, expected);
+        if !page::is_right(page, &self.recipe, expected) {
+            let found = page::diagnose(page, &self.recipe, expected);
             self.counters.errors += 1;
             wrong(WrongPage { expected, found }, &self.pages);
-            self.write(number);
+            self.rewrite(number);
         }
     }
 }

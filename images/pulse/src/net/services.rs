@@ -1,4 +1,4 @@
-//! What answers: echo over UDP and TCP on port 7, HTTP on port 80.
+//! What answers: echo over UDP and TCP on port 7, counters over UDP on port 8, HTTP on port 80.
 
 use crate::platform::memory::Memory;
 use pulse_core::http::{self, Answer, Command, Guest, MOST_ANSWER_BYTES, MOST_REQUEST_BYTES};
@@ -7,11 +7,12 @@ use smoltcp::socket::{tcp, udp};
 use smoltcp::time::{Duration, Instant};
 
 const ECHO_PORT: u16 = 7;
+const COUNTERS_PORT: u16 = 8;
 const HTTP_PORT: u16 = 80;
 /// Connections at once, of each kind.
 const CONNECTIONS: usize = 8;
 /// Sockets altogether.
-pub const SOCKETS: usize = 1 + 2 * CONNECTIONS;
+pub const SOCKETS: usize = 2 + 2 * CONNECTIONS;
 
 const ECHO_BUFFER_BYTES: usize = 32 << 10;
 const UDP_BUFFER_BYTES: usize = 64 << 10;
@@ -30,6 +31,7 @@ const ECHO_PATIENCE: Duration = Duration::from_secs(300);
 /// The sockets and what is known of each.
 pub struct Services {
     udp: SocketHandle,
+    counters: SocketHandle,
     echo: [SocketHandle; CONNECTIONS],
     http: [HttpConnection; CONNECTIONS],
     answer: Answer,
@@ -47,7 +49,8 @@ struct HttpConnection {
 impl Services {
     /// Opens the sockets; `None` when there is not enough memory for them.
     pub fn open(sockets: &mut SocketSet<'_>, memory: &mut Memory) -> Option<Self> {
-        let udp = sockets.add(udp_socket(memory)?);
+        let udp = sockets.add(udp_socket(memory, ECHO_PORT)?);
+        let counters = sockets.add(udp_socket(memory, COUNTERS_PORT)?);
         let mut echo = [udp; CONNECTIONS];
         for handle in &mut echo {
             let mut socket = tcp_socket(memory, ECHO_BUFFER_BYTES, ECHO_BUFFER_BYTES)?;
@@ -60,7 +63,7 @@ impl Services {
         for connection in &mut http {
             connection.handle = sockets.add(tcp_socket(memory, MOST_REQUEST_BYTES, MOST_ANSWER_BYTES)?);
         }
-        let mut services = Self { udp, echo, http, answer: Answer::new(), scratch: [0; MOST_BYTES_A_TURN] };
+        let mut services = Self { udp, counters, echo, http, answer: Answer::new(), scratch: [0; MOST_BYTES_A_TURN] };
         services.rearm(sockets);
         Some(services)
     }
@@ -68,6 +71,7 @@ impl Services {
     /// Gives every socket a turn. Returns what a request wants done.
     pub fn poll(&mut self, now: Instant, sockets: &mut SocketSet<'_>, guest: &mut dyn Guest) -> Option<Command> {
         self.echo_udp(sockets.get_mut(self.udp));
+        self.tell_counters(sockets.get_mut(self.counters), guest);
         for handle in self.echo {
             echo_tcp(sockets.get_mut(handle), &mut self.scratch);
         }
@@ -104,6 +108,13 @@ impl Services {
             // that was asked, since the metadata goes back as it came.
             let Ok((bytes, from)) = socket.recv_slice(&mut self.scratch) else { return };
             let _ = socket.send_slice(&self.scratch[..bytes], from);
+        }
+    }
+
+    fn tell_counters(&mut self, socket: &mut udp::Socket<'_>, guest: &mut dyn Guest) {
+        for _ in 0..MOST_DATAGRAMS_A_TURN {
+            let Ok((bytes, from)) = socket.recv_slice(&mut self.scratch) else { return };
+            let _ = socket.send_slice(&guest.sample().answer(&self.scratch[..bytes]), from);
         }
     }
 }
@@ -166,7 +177,7 @@ fn tcp_socket(memory: &mut Memory, receive_bytes: usize, send_bytes: usize) -> O
     Some(tcp::Socket::new(receive, send))
 }
 
-fn udp_socket(memory: &mut Memory) -> Option<udp::Socket<'static>> {
+fn udp_socket(memory: &mut Memory, port: u16) -> Option<udp::Socket<'static>> {
     let receive = udp::PacketBuffer::new(
         memory.take_array(udp::PacketMetadata::EMPTY, UDP_DATAGRAMS)?,
         memory.take_buffer(UDP_BUFFER_BYTES)?,
@@ -176,6 +187,6 @@ fn udp_socket(memory: &mut Memory) -> Option<udp::Socket<'static>> {
         memory.take_buffer(UDP_BUFFER_BYTES)?,
     );
     let mut socket = udp::Socket::new(receive, send);
-    socket.bind(ECHO_PORT).ok()?;
+    socket.bind(port).ok()?;
     Some(socket)
 }

@@ -12,6 +12,7 @@ use pulse_core::workload::Pages;
 unsafe extern "C" {
     static image_start: u8;
     static image_end: u8;
+    static program_end: u8;
     static mut boot_pdpt: [u64; 512];
 }
 
@@ -20,6 +21,14 @@ const GIB: u64 = 1 << 30;
 const MAPPED_AT_BOOT: u64 = 4 * GIB;
 /// What one top-level entry can map; memory above it is left alone.
 const MAPPABLE: u64 = 512 * GIB;
+
+/// The guest's code, which never changes.
+pub fn program() -> &'static [u8] {
+    let start = &raw const image_start;
+    let bytes = &raw const program_end as usize - start as usize;
+    // SAFETY: the linker script puts both around the code, which is mapped and which nobody writes.
+    unsafe { core::slice::from_raw_parts(start, bytes) }
+}
 
 /// Takes memory out of the map for good.
 pub struct Memory {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::load::Rate;
-use crate::page::{Fault, PAGE_WORDS};
+use crate::page::{Body, Fault, PAGE_WORDS};
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -44,9 +44,18 @@ struct Guest<'t> {
 
 impl<'t> Guest<'t> {
     fn new(pages: usize, table: &'t mut [u32], load: Load) -> Self {
+        Self::of(Body::Random, pages, table, load)
+    }
+
+    fn of(body: Body, pages: usize, table: &'t mut [u32], load: Load) -> Self {
         let memory = Rc::new(RefCell::new(vec![Box::new([0; PAGE_WORDS]); pages]));
         let view = View { memory: Rc::clone(&memory), lent: None };
-        Self { workload: Workload::new(view, table, 7, load), memory, now_ns: 0, wrong: Vec::new() }
+        Self {
+            workload: Workload::new(view, table, Recipe { seed: 7, body }, load),
+            memory,
+            now_ns: 0,
+            wrong: Vec::new(),
+        }
     }
 
     /// Runs for a while; afterwards memory is as the guest left it.
@@ -75,12 +84,13 @@ fn load(pages: u64, rate_pages: u64, verify_pages: u64) -> Load {
         rate: Rate::BytesPerSecond(rate_pages * PAGE_BYTES),
         pattern: Pattern::Sequential,
         verify: Rate::BytesPerSecond(verify_pages * PAGE_BYTES),
+        ..Load::default()
     }
 }
 
 #[test]
 fn sound_memory_has_no_errors_and_is_swept() {
-    for pattern in [Pattern::Sequential, Pattern::Random] {
+    for pattern in [Pattern::Sequential, Pattern::Random, Pattern::Sparse] {
         let mut table = vec![0xdead_beef; 64];
         let mut guest = Guest::new(64, &mut table, Load { pattern, ..load(64, 1000, 640) });
         guest.run_ms(2000);
@@ -194,12 +204,64 @@ fn generations_may_wrap() {
     let mut guest = Guest::new(2, &mut table, load(2, 1000, 1000));
     guest.run_ms(1);
     for number in 0..2 {
-        guest.workload.generations[number] = u32::MAX - 1;
+        guest.workload.generations[number] = LAST_GENERATION - 1;
         guest.workload.write(number as u64);
     }
     guest.run_ms(100);
     assert_eq!(guest.workload.counters().errors, 0);
-    assert!(guest.workload.generations[0] < 1000);
+    assert!((1..1000).contains(&guest.workload.generations[0]));
+}
+
+#[test]
+fn a_lost_line_of_a_sparse_write_is_found_under_every_content() {
+    for body in [Body::Random, Body::Corpus(include_bytes!("../http.rs"))] {
+        let mut table = vec![0; 8];
+        let mut guest = Guest::of(body, 8, &mut table, Load { pattern: Pattern::Sparse, ..load(8, 1000, 1000) });
+        guest.run_ms(200);
+        let before = guest.page(3);
+        guest.run_ms(100);
+        let after = guest.page(3);
+        assert!(before[..8] != after[..8] && before[8..] == after[8..]);
+        guest.set_page(3, before);
+        guest.run_ms(50);
+        let [wrong] = guest.wrong[..] else { panic!("{:?}", guest.wrong) };
+        assert_eq!((wrong.expected.number, wrong.found.fault), (3, Fault::Stale));
+    }
+}
+
+#[test]
+fn a_pattern_that_changes_stays_right() {
+    let mut table = vec![0; 16];
+    let mut guest = Guest::new(16, &mut table, load(16, 1000, 1000));
+    for pattern in [Pattern::Sparse, Pattern::Random, Pattern::Sparse, Pattern::Sequential] {
+        guest.workload.set_load(Load { pattern, ..load(16, 1000, 1000) });
+        guest.run_ms(100);
+    }
+    assert_eq!(guest.workload.counters().errors, 0);
+}
+
+#[test]
+fn what_is_not_written_again_is_filled_and_checked_too() {
+    let mut table = vec![9; 64];
+    let layout = |ws| Load { fill_bytes: 24 * PAGE_BYTES, zero_bytes: 16 * PAGE_BYTES, ..load(ws, 1000, 6400) };
+    let mut guest = Guest::new(64, &mut table, layout(8));
+    for number in 0..64 {
+        guest.set_page(number, [1; PAGE_WORDS]);
+    }
+    guest.run_ms(100);
+    assert!(guest.workload.is_filled() && guest.wrong.is_empty());
+    let is = |number: usize, word| guest.page(number) == [word; PAGE_WORDS];
+    assert!((0..24).all(|n| !is(n, 0) && !is(n, 1)) && (24..40).all(|n| is(n, 0)) && (40..64).all(|n| is(n, 1)));
+    for (number, word) in [(20, 0), (30, 1)] {
+        guest.set_page(number, [word; PAGE_WORDS]);
+    }
+    guest.run_ms(100);
+    let numbers: Vec<_> = guest.wrong.iter().map(|wrong| wrong.expected.number).collect();
+    assert!(numbers.len() == 2 && numbers.contains(&20) && numbers.contains(&30), "{numbers:?}");
+    // A working set that grows over them finds them as they are.
+    guest.workload.set_load(layout(40));
+    guest.run_ms(200);
+    assert_eq!(guest.workload.counters().errors, 2);
 }
 
 #[test]
