@@ -1,0 +1,182 @@
+"""This machine: what it is, whether it is quiet, its memory, and what processes use of it."""
+
+import mmap
+import os
+import platform
+import subprocess
+import threading
+import time
+
+PAGE_BYTES = 4096
+
+
+def environment(versions):
+    """What a reader must know to judge the figures."""
+    with open("/proc/cpuinfo") as cpus:
+        info = [line.split(":", 1) for line in cpus if ":" in line]
+    fields = {key.strip(): value.strip() for key, value in info}
+    flags = set(fields.get("flags", "").split())
+    kvm = "VMX" if "vmx" in flags else "SVM" if "svm" in flags else "software (no VMX or SVM)"
+    with open("/proc/meminfo") as memory:
+        total_kib = int(memory.readline().split()[1])
+    with open("/sys/kernel/mm/transparent_hugepage/enabled") as huge:
+        huge_pages = huge.read().strip()
+    return {"cpu": fields.get("model name"), "cpus": os.cpu_count(), "memory_gib": round(total_kib / 2**20, 1),
+            "kernel": platform.release(), "kvm": kvm, "hypervisor": "hypervisor" in flags, "transparent_hugepages": huge_pages,
+            "python": platform.python_version(), "versions": versions}
+
+
+class Interference:
+    """What others do on this machine: their CPU time, and CPU time that the hypervisor took."""
+
+    # More than so much of all CPUs, and a run is marked.
+    MOST_BUSY, MOST_STOLEN = 0.10, 0.02
+
+    @staticmethod
+    def _times():
+        with open("/proc/stat") as stat:
+            user, nice, system, idle, iowait, irq, softirq, steal = map(int, stat.readline().split()[1:9])
+        return user + nice + system + irq + softirq, idle + iowait, steal
+
+    @classmethod
+    def between(cls, before, after):
+        busy, idle, stolen = (b - a for a, b in zip(before, after))
+        total = max(busy + idle + stolen, 1)
+        return {"busy": busy / total, "stolen": stolen / total}
+
+    @classmethod
+    def now(cls, for_s=0.3):
+        """To be asked while nothing of ours works."""
+        before = cls._times()
+        time.sleep(for_s)
+        return {**cls.between(before, cls._times()), "load_average": os.getloadavg()[0]}
+
+    @classmethod
+    def is_quiet(cls, seen):
+        return seen["busy"] <= cls.MOST_BUSY and seen["stolen"] <= cls.MOST_STOLEN
+
+    @classmethod
+    def wait_for_quiet(cls, patience_s):
+        """The state of things when it became quiet, or when patience was over."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            seen = cls.now()
+            if cls.is_quiet(seen) or time.monotonic() > deadline:
+                return seen
+            time.sleep(0.5)
+
+
+def warm(memory_bytes):
+    """Touches memory and frees it again; how long the first touch took, in seconds a GiB.
+
+    On a machine that is a VM itself, free memory may have been taken back by its hypervisor: whoever touches it next waits for it. What was
+    freed last is handed out first, so the next to ask for as much does not wait.
+    """
+    memory_bytes = max(memory_bytes // PAGE_BYTES, 1) * PAGE_BYTES
+    begin = time.monotonic()
+    with mmap.mmap(-1, memory_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory[::PAGE_BYTES] = b"\1" * (memory_bytes // PAGE_BYTES)
+        took = time.monotonic() - begin
+    return took / (memory_bytes / 2**30)
+
+
+def free_bytes():
+    with open("/proc/meminfo") as memory:
+        fields = dict(line.split(":") for line in memory)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def cpu_s(pid):
+    """CPU time of a process, threads that have ended included. Raises OSError when it is gone."""
+    return time.clock_gettime(~pid << 3 | 2)
+
+
+def vcpu_s(pid):
+    """CPU time of its vCPU threads, by their names."""
+    total = 0
+    for task in os.listdir(f"/proc/{pid}/task"):
+        try:
+            with open(f"/proc/{pid}/task/{task}/comm") as comm:
+                name = comm.read().strip()
+            if name.startswith("vcpu") or name.endswith("/KVM"):
+                with open(f"/proc/{pid}/task/{task}/schedstat") as schedstat:
+                    total += int(schedstat.read().split()[0])
+        except OSError:
+            pass  # it has just ended
+    return total / 1e9
+
+
+def status_kib(pid, field):
+    with open(f"/proc/{pid}/status") as status:
+        for line in status:
+            if line.startswith(field + ":"):
+                return int(line.split()[1])
+    return 0
+
+
+def mappings(pid):
+    """Size, resident and proportional KiB of each mapping."""
+    with open(f"/proc/{pid}/smaps") as smaps:
+        for line in smaps:
+            key, _, value = line.partition(":")
+            if key == "Size":
+                size = int(value.split()[0])
+            elif key == "Rss":
+                resident = int(value.split()[0])
+            elif key == "Pss":
+                yield size, resident, int(value.split()[0])
+
+
+def memory_beyond_guest(pid, guest_bytes):
+    """Proportional memory of a process without its guest's RAM, and the RAM that is resident; KiB."""
+    # A guest's RAM is one mapping, or a few when address space has a hole in it; nothing else is as large.
+    least = guest_bytes // 1024 // 4
+    every = list(mappings(pid))
+    guest = [(resident, proportional) for size, resident, proportional in every if size >= least and resident]
+    return {"beyond_kib": sum(p for _, _, p in every) - sum(p for _, p in guest), "guest_kib": sum(r for r, _ in guest)}
+
+
+class Meter:
+    """CPU time and peak memory of the source's process during a move, of the destination's after it."""
+
+    EVERY_S = 0.01
+
+    def __init__(self, source_pid, destination_pid, guest_bytes):
+        self.source, self.guest_bytes = source_pid, guest_bytes
+        self.guest_kib = memory_beyond_guest(source_pid, guest_bytes)["guest_kib"]
+        self.destination_before = (cpu_s(destination_pid), vcpu_s(destination_pid)) if destination_pid else (0.0, 0.0)
+        self.before = self.last = (cpu_s(source_pid), vcpu_s(source_pid))
+        self.peak_kib = 0
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._sample, daemon=True)
+        self.thread.start()
+
+    def _sample(self):
+        try:
+            while not self.stopped.wait(self.EVERY_S):
+                # Whoever is last read before the process ends counts: at most EVERY_S is missed.
+                self.last = (cpu_s(self.source), vcpu_s(self.source))
+                self.peak_kib = status_kib(self.source, "VmHWM") or self.peak_kib
+        except OSError:
+            pass
+
+    def finish(self, destination_pid):
+        self.stopped.set()
+        self.thread.join()
+        cpu, vcpu = (after - before for before, after in zip(self.before, self.last))
+        result = {"source": {"cpu_s": cpu - vcpu, "vcpu_s": vcpu, "peak_beyond_mib": (self.peak_kib - self.guest_kib) / 1024}}
+        if destination_pid:
+            cpu, vcpu = cpu_s(destination_pid) - self.destination_before[0], vcpu_s(destination_pid) - self.destination_before[1]
+            peak = status_kib(destination_pid, "VmHWM")
+            guest = memory_beyond_guest(destination_pid, self.guest_bytes)["guest_kib"]
+            result["destination"] = {"cpu_s": cpu - vcpu, "vcpu_s": vcpu, "peak_beyond_mib": (peak - guest) / 1024}
+        return result
+
+
+def version(command):
+    """The first line of what a program says of itself."""
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=20)
+        return (said.stdout or said.stderr).splitlines()[0].strip()
+    except (OSError, IndexError, subprocess.TimeoutExpired):
+        return None
