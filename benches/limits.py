@@ -1,7 +1,6 @@
 """What this machine carries at most, for the ratios: memory bandwidth, and one TCP stream over each link."""
 
 import json
-import mmap
 import subprocess
 import time
 
@@ -14,25 +13,21 @@ def best_of(times, measure):
 
 def memory_bandwidth(size=256 * MIB):
     """Bytes a second that one core reads (comparing two equal buffers) and copies (memcpy; the bytes copied, not read plus written)."""
-    with mmap.mmap(-1, size) as a, mmap.mmap(-1, size) as b:
-        a[::4096] = b[::4096] = b"\1" * (size // 4096)
-        first, second = memoryview(a), memoryview(b)
+    first, second = bytearray(size), bytearray(size)
+    first[::4096] = second[::4096] = b"\1" * (size // 4096)
 
-        def copy():
-            begin = time.monotonic()
-            second[:] = first
-            return size / (time.monotonic() - begin)
+    def copy():
+        begin = time.monotonic()
+        second[:] = first
+        return size / (time.monotonic() - begin)
 
-        def read():
-            one, two = bytes(first), bytes(second)
-            begin = time.monotonic()
-            assert one == two
-            return 2 * size / (time.monotonic() - begin)
+    def read():
+        begin = time.monotonic()
+        is_same = first == second
+        took = time.monotonic() - begin
+        return 2 * size / took if is_same else 0.0
 
-        result = {"copy_bytes_per_s": best_of(3, copy), "read_bytes_per_s": best_of(3, read)}
-        first.release()
-        second.release()
-        return result
+    return {"copy_bytes_per_s": best_of(3, copy), "read_bytes_per_s": best_of(3, read)}
 
 
 def iperf3(network, seconds=2):

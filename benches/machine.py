@@ -67,17 +67,24 @@ class Interference:
 
 
 def warm(memory_bytes):
-    """Touches memory and frees it again; how long the first touch took, in seconds a GiB.
+    """Touches memory and frees it again, in small and in huge pages, twice; how long each took, in seconds a GiB.
 
-    On a machine that is a VM itself, free memory may have been taken back by its hypervisor: whoever touches it next waits for it. What was
-    freed last is handed out first, so the next to ask for as much does not wait.
+    On a machine that is a VM itself, free memory may have been taken back by its hypervisor: whoever touches it next waits for it. What
+    was freed last is handed out first, so the next to ask for as much does not wait. Small and huge pages come from different
+    places, and a VMM may ask for either. The second turn shows whether it helped.
     """
-    memory_bytes = max(memory_bytes // PAGE_BYTES, 1) * PAGE_BYTES
-    begin = time.monotonic()
-    with mmap.mmap(-1, memory_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory[::PAGE_BYTES] = b"\1" * (memory_bytes // PAGE_BYTES)
-        took = time.monotonic() - begin
-    return took / (memory_bytes / 2**30)
+    return {f"{kind} {turn}": touch(memory_bytes, advice) for turn in ("cold", "warm")
+            for kind, advice in (("small", mmap.MADV_NOHUGEPAGE), ("huge", mmap.MADV_HUGEPAGE))}
+
+
+def touch(memory_bytes, advice):
+    """Seconds a GiB that the first touch of so much memory takes."""
+    pages = max(memory_bytes // PAGE_BYTES, 1)
+    with mmap.mmap(-1, pages * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(advice)
+        begin = time.monotonic()
+        memory[::PAGE_BYTES] = b"\1" * pages
+        return (time.monotonic() - begin) / (pages * PAGE_BYTES / 2**30)
 
 
 def free_bytes():

@@ -10,8 +10,10 @@ With the link "loopback" both hosts are one namespace, and migrations go over it
 
 import json
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 
 PREFIX = "mvbench"
@@ -36,7 +38,7 @@ def run(command, given=None, timeout=60):
 
 
 class Network:
-    """The namespaces; made by `up`, all gone after `down`, with every process in them."""
+    """The namespaces and a folder for what is temporary; made by `up`, all gone after `down`, with every process in them."""
 
     def __init__(self):
         self.link = "veth"
@@ -47,6 +49,9 @@ class Network:
 
     def up(self):
         remove_leftovers()
+        # Short: paths of sockets are.
+        tempfile.tempdir = f"/tmp/{self.name('')}"
+        os.makedirs(tempfile.tempdir)
         for place in ("switch", "host1", "host2", "client"):
             run(["ip", "netns", "add", self.name(place)])
             self.made.append(self.name(place))
@@ -116,15 +121,17 @@ class Network:
         for name in self.made:
             remove(name)
         self.made = []
+        if tempfile.tempdir:
+            shutil.rmtree(tempfile.tempdir, ignore_errors=True)
 
 
 def remove_leftovers():
     """What runs that were killed have left."""
-    for line in run(["ip", "netns", "list"]).splitlines():
-        name = line.split()[0]
-        parts = name.split("-")
-        if parts[0] == PREFIX and not os.path.exists(f"/proc/{parts[1]}"):
-            remove(name)
+    is_dead = lambda name: name.startswith(f"{PREFIX}-") and not os.path.exists(f"/proc/{name.split('-')[1]}")
+    for name in filter(is_dead, (line.split()[0] for line in run(["ip", "netns", "list"]).splitlines())):
+        remove(name)
+    for name in filter(is_dead, os.listdir("/tmp")):
+        shutil.rmtree(f"/tmp/{name}", ignore_errors=True)
 
 
 def remove(name):

@@ -85,7 +85,7 @@ class Runs:
         guest = case.with_rate(capacity)
         if guest.memory * 2**20 * 2.3 > machine.free_bytes():
             raise GuestError(f"two guests of {guest.memory} MiB do not fit this machine's free memory")
-        directory = tempfile.mkdtemp(prefix="mvbench-", dir="/tmp")
+        directory = tempfile.mkdtemp()
         watch = None
         try:
             self.network.forget()
@@ -93,9 +93,7 @@ class Runs:
             watch = Watch(self.network, directory, self.options.hertz)
             watch.wait_until_filled()
             contestant.prepare()
-            needed = guest.touched_bytes() + (64 << 20)
-            cold = machine.warm(needed)
-            warm = machine.warm(needed)
+            first_touch = machine.warm(guest.touched_bytes() + (64 << 20))
             time.sleep(BASELINE_S)
             meter = Meter(contestant.source_pid(), contestant.destination_pid(), guest.memory * 2**20)
             wire = self.network.bytes_on_wire()
@@ -115,7 +113,7 @@ class Runs:
                 "guest": dataclasses.asdict(guest), "streams": case.streams, "cmdline": guest.cmdline(),
                 "touched_bytes": guest.touched_bytes(), "nonzero_bytes": guest.nonzero_bytes(),
                 **dataclasses.asdict(move), "command_ms": (end - begin) / metrics.MS, "bytes_on_wire": wire, "stolen": stolen,
-                "first_touch_s_per_gib": [cold, warm], "used": used, "errors": errors,
+                "first_touch_s_per_gib": first_touch, "used": used, "errors": errors,
                 "seen": metrics.seen(answers, begin, end, watch.period_ns) if is_there else None,
                 "curve": metrics.curve(answers, begin, end, 10 * metrics.MS, 400 * metrics.MS, 400 * metrics.MS) if is_there else [],
             }
@@ -155,8 +153,7 @@ class Opened:
     def __enter__(self):
         try:
             for contestant in self.contestants:
-                # Short: paths of sockets are.
-                self.directories.append(tempfile.mkdtemp(prefix="mvb-", dir="/tmp"))
+                self.directories.append(tempfile.mkdtemp())
                 contestant.open(self.network, self.directories[-1])
         except BaseException:
             self.__exit__(*sys.exc_info())

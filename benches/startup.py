@@ -21,7 +21,7 @@ def start(contestant, network):
 
     A shell waits in the host's namespace for a line and then becomes the program: making the namespace does not count.
     """
-    directory = tempfile.mkdtemp(prefix="mvb-", dir="/tmp")
+    directory = tempfile.mkdtemp()
     network.ip("host1", f"tuntap add dev {TAP} mode tap", f"link set {TAP} master br0 up")
     command = network.inside("host1", "sh", "-c", 'read -r _ && exec "$@" </dev/null', "sh",
                              *contestant.run_command(GUEST, directory, TAP))
@@ -78,19 +78,30 @@ def kill_all(network, place):
         time.sleep(0.02)
 
 
+def wait_for_words(console, patience_s=20):
+    """Until a guest has said something."""
+    deadline = time.monotonic() + patience_s
+    while not (os.path.exists(console) and os.path.getsize(console)):
+        if time.monotonic() > deadline:
+            raise GuestError(f"a guest said nothing: {console}")
+        time.sleep(0.005)
+
+
 def idle(contestant, network, count):
     """What `count` VMs without anything to do cost together: memory beyond what they use themselves, and CPU time."""
     guest = Guest(memory=64, fill=1, working_set=1)
-    directory = tempfile.mkdtemp(prefix="mvb-", dir="/tmp")
+    directory = tempfile.mkdtemp()
     quiet = machine.Interference.now(2)
     free = machine.free_bytes()
     children = []
     try:
-        for _ in range(count):
-            command = contestant.idle_command(guest, directory, len(children))
+        for number in range(count):
+            # One after the other: a hundred at once would not be idle for minutes.
+            command, console = contestant.idle_command(guest, directory, number)
             children.append(subprocess.Popen(network.inside("host1", *command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                              stderr=subprocess.DEVNULL))
-        time.sleep(5)
+            wait_for_words(console)
+        time.sleep(2)
         pids = [int(pid) for pid in subprocess.run(["ip", "netns", "pids", network.name("host1")], capture_output=True,
                                                    text=True).stdout.split()]
         vms = []
@@ -110,6 +121,7 @@ def idle(contestant, network, count):
     finally:
         for child in children:
             child.kill()
+        for child in children:
             child.wait()
         kill_all(network, "host1")
         shutil.rmtree(directory, ignore_errors=True)

@@ -66,7 +66,7 @@ class Contestant:
         raise NotImplementedError
 
     def idle_command(self, guest, directory, number):
-        """The command that boots one of many guests, without a network."""
+        """The command that boots one of many guests, without a network, and the file that its console goes to."""
         raise NotImplementedError
 
 

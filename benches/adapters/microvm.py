@@ -111,7 +111,8 @@ class Microvm(Contestant):
         return self.run(guest, directory, "--net", f"tap={tap},mac={GUEST_MAC},ip={GUEST_ADDRESS}/{PREFIX_LENGTH}")
 
     def idle_command(self, guest, directory, number):
-        return self.run(guest, directory, "-d", "--name", f"{NAME}{number}")
+        name = f"{NAME}{number}"
+        return self.run(guest, directory, "-d", "--name", name), f"{directory}/vms/{name}/console.log"
 
     def run(self, guest, directory, *more):
         return ["env", f"MICROVM_RUNTIME_DIR={directory}", self.program, "run", "--memory", f"{guest.memory}M",

@@ -152,4 +152,5 @@ class Qemu(Contestant):
                 "-netdev", f"tap,id=n,ifname={tap},script=no,downscript=no"]
 
     def idle_command(self, guest, directory, number):
-        return [*self.arguments(guest), "-serial", f"file:{directory}/{number}", "-monitor", "none"]
+        console = f"{directory}/{number}"
+        return [*self.arguments(guest), "-serial", f"file:{console}", "-monitor", "none"], console
