@@ -33,7 +33,7 @@ class Interference:
     MOST_BUSY, MOST_STOLEN = 0.10, 0.02
 
     @staticmethod
-    def _times():
+    def times():
         with open("/proc/stat") as stat:
             user, nice, system, idle, iowait, irq, softirq, steal = map(int, stat.readline().split()[1:9])
         return user + nice + system + irq + softirq, idle + iowait, steal
@@ -47,9 +47,9 @@ class Interference:
     @classmethod
     def now(cls, for_s=0.3):
         """To be asked while nothing of ours works."""
-        before = cls._times()
+        before = cls.times()
         time.sleep(for_s)
-        return {**cls.between(before, cls._times()), "load_average": os.getloadavg()[0]}
+        return {**cls.between(before, cls.times()), "load_average": os.getloadavg()[0]}
 
     @classmethod
     def is_quiet(cls, seen):
@@ -66,25 +66,48 @@ class Interference:
             time.sleep(0.5)
 
 
-def warm(memory_bytes):
-    """Touches memory and frees it again, in small and in huge pages, twice; how long each took, in seconds a GiB.
+class Warmth:
+    """Memory that is touched, held, and freed at the last moment before somebody else asks for as much.
 
-    On a machine that is a VM itself, free memory may have been taken back by its hypervisor: whoever touches it next waits for it. What
-    was freed last is handed out first, so the next to ask for as much does not wait. Small and huge pages come from different
-    places, and a VMM may ask for either. The second turn shows whether it helped.
+    On a machine that is a VM itself, its hypervisor takes free memory back: whoever touches it next waits for it. What was freed last is
+    handed out first. It must be last indeed, since free huge blocks are reported to the hypervisor every two seconds; and both small and
+    huge pages, which come from different places, and a VMM may ask for either.
     """
-    return {f"{kind} {turn}": touch(memory_bytes, advice) for turn in ("cold", "warm")
-            for kind, advice in (("small", mmap.MADV_NOHUGEPAGE), ("huge", mmap.MADV_HUGEPAGE))}
+
+    SAMPLE_BYTES = 16 << 20
+    # If the sample takes more seconds a GiB, it was of no use: others have taken that memory, or the hypervisor has.
+    MOST_AFTER = 0.5
+
+    def __init__(self, memory_bytes):
+        self.held, self.first_touch = [], {}
+        for kind, advice in (("huge", mmap.MADV_HUGEPAGE), ("small", mmap.MADV_NOHUGEPAGE)):
+            # Where both do not fit, huge ones: small ones can be made of them.
+            if not self.held or free_bytes() > 2 * memory_bytes:
+                memory, self.first_touch[kind] = touched(memory_bytes, advice)
+                self.held.append(memory)
+
+    def drop(self):
+        """Frees it, if it was not."""
+        for memory in self.held:
+            memory.close()
+        self.held = []
+
+    def release(self):
+        """Frees it; seconds a GiB that each kind took before, and that a sample of huge pages takes now."""
+        self.drop()
+        sample, self.first_touch["sample after"] = touched(self.SAMPLE_BYTES, mmap.MADV_HUGEPAGE)
+        sample.close()
+        return self.first_touch
 
 
-def touch(memory_bytes, advice):
-    """Seconds a GiB that the first touch of so much memory takes."""
+def touched(memory_bytes, advice):
+    """So much memory, and how many seconds a GiB its first touch took."""
     pages = max(memory_bytes // PAGE_BYTES, 1)
-    with mmap.mmap(-1, pages * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory.madvise(advice)
-        begin = time.monotonic()
-        memory[::PAGE_BYTES] = b"\1" * pages
-        return (time.monotonic() - begin) / (pages * PAGE_BYTES / 2**30)
+    memory = mmap.mmap(-1, pages * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(advice)
+    begin = time.monotonic()
+    memory[::PAGE_BYTES] = b"\1" * pages
+    return memory, (time.monotonic() - begin) / (pages * PAGE_BYTES / 2**30)
 
 
 def free_bytes():
@@ -161,8 +184,8 @@ class Meter:
     def _sample(self):
         try:
             while not self.stopped.wait(self.EVERY_S):
-                # Whoever is last read before the process ends counts: at most EVERY_S is missed.
-                self.last = (cpu_s(self.source), vcpu_s(self.source))
+                # What was read last before the process ends counts: at most EVERY_S is missed. Its vCPU threads may end before it.
+                self.last = (cpu_s(self.source), max(self.last[1], vcpu_s(self.source)))
                 self.peak_kib = status_kib(self.source, "VmHWM") or self.peak_kib
         except OSError:
             pass

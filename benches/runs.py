@@ -74,8 +74,7 @@ class Runs:
             finally:
                 contestant.stop()
             run["after"] = Interference.now()
-            run["is_disturbed"] = not (Interference.is_quiet(quiet) and Interference.is_quiet(run["after"])
-                                       and run.get("stolen", 0) <= Interference.MOST_STOLEN)
+            run["is_disturbed"] = is_disturbed(run)
             if not run["is_disturbed"] or attempt == self.options.retries:
                 break
         self.record(run)
@@ -86,22 +85,23 @@ class Runs:
         if guest.memory * 2**20 * 2.3 > machine.free_bytes():
             raise GuestError(f"two guests of {guest.memory} MiB do not fit this machine's free memory")
         directory = tempfile.mkdtemp()
-        watch = None
+        watch = warmth = None
         try:
             self.network.forget()
             contestant.start(guest, case.streams)
             watch = Watch(self.network, directory, self.options.hertz)
             watch.wait_until_filled()
             contestant.prepare()
-            first_touch = machine.warm(guest.touched_bytes() + (64 << 20))
+            warmth = machine.Warmth(guest.touched_bytes() + (64 << 20))
             time.sleep(BASELINE_S)
             meter = Meter(contestant.source_pid(), contestant.destination_pid(), guest.memory * 2**20)
             wire = self.network.bytes_on_wire()
-            stat = Interference._times()
+            stat = Interference.times()
+            first_touch = warmth.release()
             begin = time.monotonic_ns()
             move = contestant.move(LIMIT_S)
             end = time.monotonic_ns()
-            stolen = Interference.between(stat, Interference._times())["stolen"]
+            stolen = Interference.between(stat, Interference.times())["stolen"]
             wire = self.network.bytes_on_wire() - wire
             is_there = move.outcome == "completed"
             used = meter.finish(contestant.destination_pid() if is_there else None)
@@ -120,6 +120,8 @@ class Runs:
         finally:
             if watch:
                 watch.kill()
+            if warmth:
+                warmth.drop()
             shutil.rmtree(directory, ignore_errors=True)
 
     def keep(self, watch, case, contestant, begin, end):
@@ -141,6 +143,13 @@ class Runs:
         blackout = "" if seen["guest_blackout_ms"] is None else f", guest {seen['guest_blackout_ms']:.1f}"
         self.note(f"{run['case']} · {run['contestant']}: silent {seen['network_gap_ms']:.1f} ms{blackout}, says "
                   f"{run['blackout_ms']} ms; total {run['total_ms']:.0f} ms, {run['bytes_on_wire'] / 2**20:.0f} MiB{errors}{disturbed}")
+
+
+def is_disturbed(run):
+    """Whether others have used CPUs or memory that the move needed."""
+    return not (Interference.is_quiet(run["before"]) and Interference.is_quiet(run["after"])
+                and run.get("stolen", 0) <= Interference.MOST_STOLEN
+                and run.get("first_touch_s_per_gib", {}).get("sample after", 0) <= machine.Warmth.MOST_AFTER)
 
 
 class Opened:
