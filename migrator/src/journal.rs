@@ -10,7 +10,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -78,11 +78,17 @@ impl FileJournal {
         let fail = |source| JournalError::Io { path: path.to_owned(), source };
         let mut options = OpenOptions::new();
         options.read(true).append(true).create(true).mode(0o600);
-        let file = options.open(path).map_err(fail)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::WOULDBLOCK) => return Err(JournalError::InUse(path.to_owned())),
-            result => result.map_err(|error| fail(error.into()))?,
-        }
+        let file = loop {
+            let file = options.open(path).map_err(fail)?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(Errno::WOULDBLOCK) => return Err(JournalError::InUse(path.to_owned())),
+                result => result.map_err(|error| fail(error.into()))?,
+            }
+            // Whoever had the lock before may have removed the file: what is written to such a file is written to nobody.
+            if file.metadata().map_err(fail)?.nlink() > 0 {
+                break file;
+            }
+        };
         let mut journal = Self { file, path: path.to_owned(), length: 0 };
         let (_, whole) = read_file(&journal.file, path)?;
         journal.length = whole as u64;
@@ -100,6 +106,11 @@ impl FileJournal {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(vec![]),
             Err(source) => Err(JournalError::Io { path: path.to_owned(), source }),
         }
+    }
+
+    /// Removes the journal. Nobody else can have it open for writing: whoever waits for the lock makes a new one.
+    pub fn remove(self) -> io::Result<()> {
+        std::fs::remove_file(&self.path)
     }
 
     /// Removes what is behind the last whole record.
@@ -259,6 +270,30 @@ mod tests {
         let mut journal = FileJournal::open(&path).unwrap();
         journal.append(&record(Step::GaveUp), Durability::Durable).unwrap();
         assert_eq!(journal.load().unwrap(), [Step::Receiving, Step::Prepared, Step::GaveUp].map(record));
+    }
+
+    #[test]
+    fn whoever_removes_a_journal_takes_no_record_of_another_with_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("journal");
+        std::thread::scope(|scope| {
+            for byte in 0..4 {
+                let path = &path;
+                scope.spawn(move || {
+                    let ours = HandoffRecord { id: MigrationId([byte; 16]), ..record(Step::Sending) };
+                    let mut made = 0;
+                    while made < 200 {
+                        let Ok(mut journal) = FileJournal::open(path) else { continue };
+                        made += 1;
+                        assert_eq!(journal.load().unwrap(), []);
+                        journal.append(&ours, Durability::Lazy).unwrap();
+                        assert_eq!(FileJournal::read(path).unwrap(), [ours.clone()]);
+                        journal.remove().unwrap();
+                    }
+                });
+            }
+        });
+        assert!(!path.exists());
     }
 
     #[test]

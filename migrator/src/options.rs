@@ -136,6 +136,25 @@ impl Default for Timeouts {
     }
 }
 
+impl Timeouts {
+    /// Limits for a network on which a peer that is silent for so long is dead: those that hang on how fast the peer is heard
+    /// are in proportion, as in the default; those on how much work it has are as they were.
+    pub fn with_dead_after(dead_after: Duration) -> Self {
+        let usual = Self::default();
+        let scaled = |time: Duration| time.mul_f64(dead_after.as_secs_f64() / usual.dead_after.as_secs_f64());
+        Self {
+            connect: scaled(usual.connect),
+            request: scaled(usual.request),
+            keepalive: scaled(usual.keepalive),
+            dead_after,
+            page_stall: scaled(usual.page_stall),
+            running: scaled(usual.running),
+            ask_max: scaled(usual.ask_max).max(usual.ask_min),
+            ..usual
+        }
+    }
+}
+
 /// What the receiving side may choose.
 #[derive(Clone, Debug, Default)]
 pub struct ReceiveOptions {
@@ -145,4 +164,20 @@ pub struct ReceiveOptions {
     pub announce: Schedule,
     /// From whom the VM must be won before it is started; none: COMMIT is enough. The source must have the same one.
     pub arbiter: Option<Arc<dyn Arbiter>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_in_proportion_to_the_silence_that_means_death() {
+        let usual = Timeouts::default();
+        assert_eq!(Timeouts::with_dead_after(usual.dead_after), usual);
+        let short = Timeouts::with_dead_after(Duration::from_secs(1));
+        assert_eq!((short.dead_after, short.keepalive), (Duration::from_secs(1), Duration::from_millis(200)));
+        assert_eq!((short.page_stall, short.connect), (Duration::from_secs(2), Duration::from_secs(1)));
+        assert_eq!((short.prepare, short.switchover), (usual.prepare, usual.switchover));
+        assert_eq!(Timeouts::with_dead_after(Duration::from_millis(1)).ask_max, usual.ask_min);
+    }
 }

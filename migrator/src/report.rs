@@ -186,6 +186,8 @@ pub struct Progress {
     pub elapsed: Duration,
     /// When in doubt: since when (since the start).
     pub in_doubt_since: Option<Duration>,
+    /// When in doubt: when the destination was asked last (since the start).
+    pub last_asked: Option<Duration>,
     /// When in doubt: the latest answer, or why there is none.
     pub last_answer: Option<String>,
     /// When in doubt: the arbiter gave the VM to the destination, so it cannot be kept by hand.

@@ -181,6 +181,8 @@ impl Driver<'_> {
             }
             Action::Ask => {
                 let (dial, id, limit) = (self.dial.clone(), self.id, self.options.timeouts.request);
+                let asked = self.began.elapsed();
+                self.handle.update(|progress| progress.last_asked = Some(asked));
                 self.handle.publish(self.machine.report());
                 self.spawn(|answer| Input::Event(Event::Asked(answer)), move || request::ask(&*dial, id, limit));
             }
