@@ -67,6 +67,9 @@ pub enum MigrateError {
     /// The journal could not be written.
     #[error("the handoff journal could not be written")]
     Journal(#[source] io::Error),
+    /// A panic in the middle of it.
+    #[error("a bug in microvm stopped it (what panicked is in the log of the VM's process)")]
+    Panicked,
     /// A human settled what was in doubt.
     #[error("settled by hand after it was in doubt")]
     Resolved,
@@ -93,6 +96,9 @@ impl MigrateError {
                 "raise --timeout or --bandwidth, or lower the guest's load".into()
             }
             Self::TimedOut { .. } => "check the link and the destination, then migrate again".into(),
+            Self::Panicked => {
+                "report it with that log (microvm logs --process NAME); the VM itself is not harmed".into()
+            }
             Self::Differs { .. } => "do not use this pair of hosts, and report it: a page was lost".into(),
             Self::Journal(_) => "make room for the journal, or mend the disk that it is on".into(),
         }

@@ -287,7 +287,7 @@ mod tests {
                         made += 1;
                         assert_eq!(journal.load().unwrap(), []);
                         journal.append(&ours, Durability::Lazy).unwrap();
-                        assert_eq!(FileJournal::read(path).unwrap(), [ours.clone()]);
+                        assert_eq!(FileJournal::read(path).unwrap(), std::slice::from_ref(&ours));
                         journal.remove().unwrap();
                     }
                 });

@@ -143,7 +143,8 @@ impl Timeouts {
         let usual = Self::default();
         let scaled = |time: Duration| time.mul_f64(dead_after.as_secs_f64() / usual.dead_after.as_secs_f64());
         Self {
-            connect: scaled(usual.connect),
+            // A first SYN that is lost (nobody has the peer's address yet) is sent again after a second.
+            connect: scaled(usual.connect).max(Duration::from_millis(2500)),
             request: scaled(usual.request),
             keepalive: scaled(usual.keepalive),
             dead_after,
@@ -176,7 +177,7 @@ mod tests {
         assert_eq!(Timeouts::with_dead_after(usual.dead_after), usual);
         let short = Timeouts::with_dead_after(Duration::from_secs(1));
         assert_eq!((short.dead_after, short.keepalive), (Duration::from_secs(1), Duration::from_millis(200)));
-        assert_eq!((short.page_stall, short.connect), (Duration::from_secs(2), Duration::from_secs(1)));
+        assert_eq!((short.page_stall, short.request), (Duration::from_secs(2), Duration::from_secs(2)));
         assert_eq!((short.prepare, short.switchover), (usual.prepare, usual.switchover));
         assert_eq!(Timeouts::with_dead_after(Duration::from_millis(1)).ask_max, usual.ask_min);
     }

@@ -277,6 +277,7 @@ impl Destination {
             // Whatever could not be written is the handoff's to judge.
             (_, Event::Journaled(step, result)) => {
                 if let Err(error) = result {
+                    tracing::error!(?step, %error, "the handoff journal could not be written");
                     self.failure.get_or_insert((phase(self.state), MigrateError::Journal(error)));
                     self.hand(DestinationEvent::Journaled(step, false));
                     if self.handoff.can_retry() {

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use super::guarded;
 use crate::options::Timeouts;
 use crate::traits::{Closer, Connection, ConnectionReader, ConnectionWriter};
 use crate::transport::is_timeout;
@@ -50,7 +51,7 @@ impl Control {
         let writer = thread::Builder::new().name("control-write".into()).spawn({
             let (closer, every) = (split.closer.clone(), timeouts.keepalive);
             move || {
-                let error = write_loop(split.writer, &queue, every, began);
+                let error = guarded(|| write_loop(split.writer, &queue, every, began)).flatten();
                 if let Err(error) = error {
                     tracing::debug!(%error, "control connection cannot be written");
                     // The reader notices and says so.
@@ -59,8 +60,8 @@ impl Control {
             }
         })?;
         let reader = thread::Builder::new().name("control-read".into()).spawn(move || {
-            let why = read_loop(split.reader, &pings, timeouts.dead_after, began, &sink);
-            sink(ControlEvent::Lost(why));
+            let why = guarded(|| read_loop(split.reader, &pings, timeouts.dead_after, began, &sink));
+            sink(ControlEvent::Lost(why.unwrap_or_else(|error| error.to_string())));
         })?;
         Ok(Self { outgoing, closer: split.closer, reader, writer })
     }

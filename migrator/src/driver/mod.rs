@@ -3,6 +3,8 @@
 //! Each call runs its machine on the caller's thread, which alone touches the VM. Everything that can block (dialling,
 //! sockets) is in threads of its own that report to it, so that a cancel or a limit is answered at once.
 
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -23,8 +25,14 @@ mod source;
 pub use destination::{Arrived, Incoming, ReceiveError, Received, receive};
 pub use source::migrate;
 
+/// Does what a thread is for. A panic in it, which is a bug, becomes an error: whoever waits for the thread must hear of it.
+fn guarded<T>(work: impl FnOnce() -> T) -> io::Result<T> {
+    // Nothing that the work had is used again but behind locks that do not mind.
+    catch_unwind(AssertUnwindSafe(work)).map_err(|_| io::Error::other("a bug in microvm: its thread panicked"))
+}
+
 /// Writes a record of this attempt.
-fn journal(journal: &mut dyn Journal, id: MigrationId, step: Step, vm: &str, peer: &str) -> std::io::Result<()> {
+fn journal(journal: &mut dyn Journal, id: MigrationId, step: Step, vm: &str, peer: &str) -> io::Result<()> {
     let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
     let record = HandoffRecord { id, step, unix_ms, vm: vm.into(), peer: peer.into() };
     journal.append(&record, step.durability())

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 
+use super::guarded;
 use crate::layout::PageRun;
 use crate::pages::{FRAME_BYTES, Marker, PageFrame};
 use crate::traits::{Closer, Connection, ConnectionReader, GuestPages, Split};
@@ -38,7 +39,7 @@ impl PageReceiver {
         // Silence is no failure here: the source may have nothing to send. The control connection tells whether it lives.
         reader.set_timeout(None)?;
         let thread = thread::Builder::new().name("pages-receive".into()).spawn(move || {
-            let result = receive(stream, &mut *reader, &*memory, &received, &sink);
+            let result = guarded(|| receive(stream, &mut *reader, &*memory, &received, &sink)).flatten();
             if let Err(error) = result {
                 sink(ReceiveEvent::Failed(match error.kind() {
                     io::ErrorKind::UnexpectedEof => "the other side closed it".into(),

@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::control::lock;
+use super::guarded;
 use super::pace::Pacer;
 use crate::bitmap::{Bitmap, ChunkBits};
 use crate::layout::{CHUNK_PAGES, PAGE_BYTES, PageRun};
@@ -89,7 +90,7 @@ impl PageSenders {
             senders.closers.push(closer);
             senders.threads.push(thread::Builder::new().name("pages-send".into()).spawn(move || {
                 while let Ok(round) = queue.recv() {
-                    match stream.send(&round) {
+                    match guarded(|| stream.send(&round)).flatten() {
                         Ok(marker) => {
                             let mut open = lock(&round.open);
                             open.0 -= 1;

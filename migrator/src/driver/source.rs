@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use super::control::{Control, ControlEvent};
 use super::send::{PageSenders, SendEvent};
-use super::{claim, journal, request};
+use super::{claim, guarded, journal, request};
 use crate::arbiter::Claimant;
 use crate::bitmap::Bitmap;
 use crate::handle::MigrationHandle;
+use crate::handoff::Step;
 use crate::id::MigrationId;
 use crate::options::Options;
 use crate::report::{Phase, Report};
@@ -82,7 +83,10 @@ pub fn migrate(
         finished: false,
         gone: false,
     };
-    driver.run(&queue);
+    if guarded(|| driver.run(Event::Begin, &queue)).is_err() {
+        // The guest may stand still now, and whoever waits for this migration would wait for ever.
+        driver.start_over(&queue);
+    }
     let report = driver.finish();
     handle.on_wish(None);
     report
@@ -110,8 +114,24 @@ struct Driver<'a> {
 }
 
 impl Driver<'_> {
-    fn run(&mut self, queue: &mpsc::Receiver<Input>) {
-        self.feed(Event::Begin);
+    /// After a panic: nothing that the machine knew counts any more, only what the journal says of this attempt. What panics
+    /// again is let through; the process that it ends leaves the same journal.
+    fn start_over(&mut self, queue: &mpsc::Receiver<Input>) {
+        (self.control, self.senders) = (None, None);
+        let last = self.journal.load().map(|records| records.iter().rfind(|r| r.id == self.id).map(|r| r.step));
+        // What cannot be read may say Decided.
+        let last = last.unwrap_or(Some(Step::Decided));
+        tracing::error!(id = %self.id, ?last, "the migration panicked: going on from its journal");
+        let phase = self.machine.phase();
+        self.machine = Source::after_panic(self.options.clone(), &self.description, self.dial.peer(), phase, last);
+        self.finished = self.machine.handoff().is_settled();
+        if !self.finished {
+            self.run(Event::Lost("a bug in microvm stopped it".into()), queue);
+        }
+    }
+
+    fn run(&mut self, first: Event, queue: &mpsc::Receiver<Input>) {
+        self.feed(first);
         while !self.finished {
             let now = self.began.elapsed();
             let wait = self.machine.next_tick().map_or(BEAT, |at| at.saturating_sub(now).min(BEAT));
@@ -279,9 +299,10 @@ impl Driver<'_> {
         input: fn(Result<T, ConnectError>) -> Input,
         work: impl FnOnce() -> Result<T, ConnectError> + Send + 'static,
     ) {
-        let inputs = self.inputs.clone();
+        let (inputs, peer) = (self.inputs.clone(), self.dial.peer());
         let spawned = thread::Builder::new().name("migrate-dial".into()).spawn(move || {
-            let _ = inputs.send(input(work()));
+            let result = guarded(work);
+            let _ = inputs.send(input(result.unwrap_or_else(|source| Err(ConnectError::Broken { peer, source }))));
         });
         if let Err(source) = spawned {
             let _ = self.inputs.send(input(Err(ConnectError::Broken { peer: self.dial.peer(), source })));

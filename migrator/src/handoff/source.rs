@@ -76,6 +76,16 @@ impl SourceHandoff {
         Self { state: SourceState::Open, arbiter }
     }
 
+    /// One that goes on from the last record of its journal.
+    pub fn recovered(last: Option<Step>, arbiter: bool) -> Self {
+        let state = match last {
+            Some(Step::Decided) => SourceState::Committed { in_doubt: false },
+            Some(Step::Released) => SourceState::Released,
+            _ => SourceState::Open,
+        };
+        Self { state, arbiter }
+    }
+
     /// Takes an event in. An event that means nothing in this state changes nothing.
     pub fn on(&mut self, event: SourceEvent) -> Vec<SourceAction> {
         use SourceAction::{Ask, Claim, Journal, Release, Resume, Send};

@@ -201,6 +201,21 @@ impl Source {
         }
     }
 
+    /// A machine that goes on where one broke down, which is a bug: from the last step in its journal. Give it
+    /// [`Event::Lost`], unless that is settled: before `Decided` it keeps the VM, after it it asks.
+    pub fn after_panic(options: Options, vm: &VmDescription, to: String, phase: Phase, last: Option<Step>) -> Self {
+        let mut source = Self::new(options, vm, to);
+        (source.paused_here, source.dirty_log) = (!vm.paused, true);
+        source.failure = Some((phase, MigrateError::Panicked));
+        source.handoff = SourceHandoff::recovered(last, source.options.arbiter.is_some());
+        source.state = match last {
+            Some(Step::Decided) => State::Committed,
+            Some(Step::Released) => State::Settled,
+            _ => State::Idle,
+        };
+        source
+    }
+
     /// Takes an event in, at the time `now` (since the start, never going back). What is to be done comes out.
     pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
         self.account.now = now;
