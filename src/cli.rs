@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::machine::view::Mode;
-use crate::units::{parse_duration, parse_rate, parse_size};
+use crate::units::{parse_dead_after, parse_duration, parse_rate, parse_size};
 
 /// Port of the agent.
 pub const DEFAULT_PORT: u16 = 7437;
@@ -21,10 +21,13 @@ pub const DEFAULT_PORT: u16 = 7437;
 ///
 /// VMs are kept under $MICROVM_RUNTIME_DIR (default: /run/microvm, or $XDG_RUNTIME_DIR/microvm without root).
 ///
+/// Journals of migrations are kept under $MICROVM_STATE_DIR (default: /var/lib/microvm, or ~/.local/state/microvm without root;
+/// beside the VMs if only MICROVM_RUNTIME_DIR is set).
+///
 /// Exit codes: 0 done; 1 failed (after a migration: the VM still runs where it was); 2 wrong usage; 3 cancelled, the VM still
-/// runs where it was; 4 in doubt: see `microvm resolve --help`.
+/// runs where it was; 4 in doubt: see `microvm resolve --help`; 5 the VM ended or was lost in its migration: it runs nowhere.
 #[derive(Debug, Parser)]
-#[command(name = "microvm", version, verbatim_doc_comment, disable_help_subcommand = true)]
+#[command(name = "microvm", version = crate::fault_points::VERSION, verbatim_doc_comment, disable_help_subcommand = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -170,6 +173,9 @@ pub struct MigrateArgs {
     /// Compare hashes of all memory before the switchover (takes blackout time: for tests and the distrustful)
     #[arg(long)]
     pub verify: bool,
+    /// A destination that is silent for so long is dead; other limits on waiting for it are in proportion
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_dead_after)]
+    pub dead_after: Duration,
     /// Return as soon as it has begun; `microvm inspect` shows how far it is
     #[arg(long)]
     pub detach: bool,
@@ -189,6 +195,9 @@ pub struct AgentArgs {
     /// Whoever reaches the port can read and replace guests' memory, and start VMs here: only for a network that is yours alone.
     #[arg(long)]
     pub insecure_plaintext: bool,
+    /// A source that is silent for so long is dead; other limits on waiting for it are in proportion
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_dead_after)]
+    pub dead_after: Duration,
     /// Put VMs that were on a bridge elsewhere on this bridge here
     #[arg(long, value_name = "NAME")]
     pub bridge: Option<String>,

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::journals::in_doubt;
 use crate::machine::view::{Answer, Request, VmView};
 use crate::runtime::{Runtime, VmDir};
 
@@ -22,7 +23,7 @@ pub struct Conversation {
 /// The folder of a VM that exists.
 pub fn find(runtime: &Runtime, name: &str) -> Result<VmDir> {
     let dir = runtime.vm(name)?;
-    if !dir.exists() {
+    if !dir.is_known() {
         let names: Vec<String> = runtime.vms()?.iter().map(|vm| vm.name().to_string()).collect();
         match names.as_slice() {
             [] => bail!("there is no VM {name} on this host: microvm run --name {name} starts one"),
@@ -39,6 +40,9 @@ impl Conversation {
         let mut socket = match UnixStream::connect(dir.control_socket()) {
             Ok(socket) => socket,
             Err(_) if !dir.is_held()? => {
+                if let Some(decided) = dir.outgoing.left_in_doubt()? {
+                    bail!(in_doubt(name, &decided));
+                }
                 bail!("{name} has ended: microvm logs {name} shows its output, microvm rm {name} removes what is left")
             }
             Err(e) => return Err(e).with_context(|| format!("the process of {name} does not answer")),

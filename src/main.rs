@@ -4,7 +4,10 @@ mod agent;
 mod cli;
 mod client;
 mod cmd;
+mod fault_points;
+mod journals;
 mod machine;
+mod recovery;
 mod runtime;
 mod units;
 
@@ -17,16 +20,19 @@ use cli::{Cli, Command};
 fn main() -> ExitCode {
     let cli = Cli::parse();
     // Messages of daemons and of VM processes; commands speak for themselves.
-    let default = if matches!(cli.command, Command::VmProcess | Command::Agent(_) | Command::Receive(_)) {
-        "info"
-    } else {
-        "warn"
-    };
+    let daemon = matches!(cli.command, Command::VmProcess | Command::Agent(_) | Command::Receive(_));
+    let default = if daemon { "info" } else { "warn" };
     let filter = tracing_subscriber::EnvFilter::try_from_env("MICROVM_LOG").unwrap_or_else(|_| default.into());
     // A message that cannot be written (the log's disk is full) is lost; complaining about it on the same stream would panic.
     let subscriber = tracing_subscriber::fmt().log_internal_errors(false).with_ansi(std::io::stderr().is_terminal());
     subscriber.with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
 
+    // A VM's process does that when it has closed what it inherited.
+    let at_once = daemon && !matches!(cli.command, Command::VmProcess);
+    if at_once && let Err(error) = fault_points::connect() {
+        eprintln!("microvm: the test that MICROVM_FAULT_POINTS names does not listen: {error}");
+        return ExitCode::FAILURE;
+    }
     match cmd::run(cli.command) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {

@@ -1,5 +1,5 @@
-//! Where a host keeps its VMs: `$MICROVM_RUNTIME_DIR/vms/NAME/…`, one folder a VM, and `handoffs/ID`, one journal an incoming
-//! migration.
+//! Where a host keeps its VMs: `$MICROVM_RUNTIME_DIR/vms/NAME/…`, one folder a VM. What must outlive the host's power is in
+//! [`crate::journals`].
 //!
 //! A VM process holds a lock on its folder as long as it lives; so a name is taken exactly as long as somebody owns it, and a
 //! folder without a holder is what a killed process left.
@@ -8,19 +8,27 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use migrator::MigrationId;
-use migrator::handoff::Step;
+use migrator::handoff::{self, Answer};
 use migrator::journal::FileJournal;
+
+use crate::journals::{Journals, Outgoing};
 
 /// The longest name: socket paths have 108 bytes.
 pub const MAX_NAME_BYTES: usize = 40;
+
+/// A process writes the first file of its VM's folder at once.
+const STILLBORN: Duration = Duration::from_secs(10);
 
 /// This host's runtime folder.
 #[derive(Debug, Clone)]
 pub struct Runtime {
     root: PathBuf,
+    /// The journals of the same host.
+    pub journals: Journals,
 }
 
 /// A VM's folder.
@@ -28,6 +36,8 @@ pub struct Runtime {
 pub struct VmDir {
     name: String,
     path: PathBuf,
+    /// The journal of its attempts to leave.
+    pub outgoing: Outgoing,
 }
 
 /// The lock on a VM's folder; whoever holds it is the VM's process.
@@ -65,48 +75,42 @@ impl Runtime {
                 root.display()
             );
         }
-        Ok(Runtime { root })
+        let journals = Journals::from_env(&root)?;
+        Ok(Runtime { root, journals })
     }
 
     /// The folder of the VM `name`, which need not exist.
     pub fn vm(&self, name: &str) -> Result<VmDir> {
         check_name(name)?;
-        Ok(VmDir { name: name.into(), path: self.root.join("vms").join(name) })
+        let (path, outgoing) = (self.root.join("vms").join(name), self.journals.outgoing(name));
+        Ok(VmDir { name: name.into(), path, outgoing })
     }
 
-    /// All VM folders, by name.
+    /// All VMs that there is something of, by name: a folder, or a journal that has outlived it.
     pub fn vms(&self) -> Result<Vec<VmDir>> {
+        let mut names = self.folders()?;
+        names.extend(self.journals.all_outgoing()?);
+        names.retain(|name| check_name(name).is_ok());
+        names.sort();
+        names.dedup();
+        names.iter().map(|name| self.vm(name)).collect()
+    }
+
+    fn folders(&self) -> Result<Vec<String>> {
         let dir = self.root.join("vms");
         let entries = match fs::read_dir(&dir) {
             Ok(entries) => entries,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(e) => return Err(e).with_context(|| format!("cannot list {}", dir.display())),
         };
-        let mut names: Vec<String> = entries
-            .filter_map(|e| e.ok()?.file_name().into_string().ok())
-            .filter(|name| check_name(name).is_ok())
-            .collect();
-        names.sort();
-        names.iter().map(|name| self.vm(name)).collect()
-    }
-
-    /// The journal of an incoming migration.
-    pub fn handoff(&self, id: MigrationId) -> Result<PathBuf> {
-        let dir = self.root.join("handoffs");
-        make_dir(&dir)?;
-        Ok(dir.join(id.to_string()))
+        Ok(entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect())
     }
 }
 
-/// Opens a handoff journal for writing.
-pub fn create_journal(path: &Path) -> Result<FileJournal> {
-    FileJournal::open(path).context("the migration's journal cannot be kept")
-}
-
-/// The migration that a journal leaves in doubt: COMMIT was decided, and its end is not known.
-pub fn unsettled(journal: &Path) -> Result<Option<MigrationId>> {
-    let records = FileJournal::read(journal).context("the migration's journal cannot be read")?;
-    Ok(migrator::handoff::unsettled(&records).map(|record| record.id))
+fn has_arrived(id: MigrationId, runtime: &Runtime) -> Result<bool> {
+    let journal = runtime.journals.incoming(id)?;
+    let records = FileJournal::read(&journal).context("the migration's journal cannot be read")?;
+    Ok(handoff::answer(&records, id, false) == Answer::Running)
 }
 
 fn make_dir(path: &Path) -> Result<()> {
@@ -164,16 +168,25 @@ impl VmDir {
     /// Removes the folder if it is what is left of a process that was receiving the VM and died before it could run it: nothing
     /// in it is of use to anyone, and the VM is where it came from.
     pub fn remove_if_never_arrived(&self, runtime: &Runtime) -> Result<()> {
-        let Ok(id) = fs::read_to_string(self.arriving()) else { return Ok(()) };
         if self.is_held()? {
             return Ok(());
         }
-        let id = id.parse().with_context(|| format!("{} is damaged", self.arriving().display()))?;
-        let records = FileJournal::read(&runtime.handoff(id)?).context("the migration's journal cannot be read")?;
-        if !records.iter().any(|record| matches!(record.step, Step::Committed | Step::Running)) {
+        let id = match fs::read_to_string(self.arriving()) {
+            Ok(id) => id,
+            Err(_) => return self.remove_if_nothing(),
+        };
+        // Not damage: it died in the middle of writing this, before anything else.
+        let Ok(id) = id.parse() else { return self.remove() };
+        if !has_arrived(id, runtime)? {
             self.remove()?;
         }
         Ok(())
+    }
+
+    /// Whether the VM was being received and may have run here, by its journal.
+    pub fn has_arrived(&self, runtime: &Runtime) -> Result<bool> {
+        let id = fs::read_to_string(self.arriving()).ok().and_then(|id| id.parse().ok());
+        id.map_or(Ok(false), |id| has_arrived(id, runtime))
     }
 
     /// A directory with nothing in it: the VM's process has it as its root.
@@ -194,18 +207,28 @@ impl VmDir {
         }
     }
 
-    /// The source's handoff journal.
-    pub fn journal(&self) -> PathBuf {
-        self.file("journal")
+    /// Removes the folder of a process that died before it wrote anything, some time ago: a young one may be about to.
+    fn remove_if_nothing(&self) -> Result<()> {
+        let made = fs::metadata(&self.path).and_then(|folder| folder.modified());
+        if !self.config().exists() && made.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > STILLBORN)) {
+            self.remove()?;
+        }
+        Ok(())
     }
 
-    /// Whether the folder is there.
+    /// Whether the folder is there: the name is taken.
     pub fn exists(&self) -> bool {
         self.path.is_dir()
     }
 
-    /// Makes the folder and takes it. Fails if the name is taken, by a living VM or by what is left of one.
-    pub fn claim(&self) -> Result<VmLock> {
+    /// Whether there is anything to show: the folder, or a journal that has outlived it.
+    pub fn is_known(&self) -> bool {
+        self.exists() || self.outgoing.exists()
+    }
+
+    /// Makes the folder and takes it, and the VM's journal. Fails if the name is taken, by a living VM or by what is left of one,
+    /// or if it is in doubt where the VM of that name is.
+    pub fn claim(&self) -> Result<(VmLock, FileJournal)> {
         if let Some(parent) = self.path.parent() {
             make_dir(parent)?;
         }
@@ -224,7 +247,7 @@ impl VmDir {
             }
             Err(e) => return Err(e).with_context(|| format!("cannot make the folder {}", self.path.display())),
         }
-        self.lock().inspect_err(|_| {
+        self.lock().and_then(|lock| Ok((lock, self.outgoing.take_over()?))).inspect_err(|_| {
             let _ = fs::remove_dir_all(&self.path);
         })
     }
@@ -257,9 +280,14 @@ impl VmDir {
         }
     }
 
-    /// Removes the folder.
+    /// Removes the folder, and then the VM's journal. For the VM's process, and for what a dead one left.
     pub fn remove(&self) -> Result<()> {
-        fs::remove_dir_all(&self.path).with_context(|| format!("cannot remove {}", self.path.display()))
+        match fs::remove_dir_all(&self.path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(e).with_context(|| format!("cannot remove {}", self.path.display()))
+            }
+            _ => self.outgoing.remove(),
+        }
     }
 }
 
@@ -280,7 +308,7 @@ mod tests {
     #[test]
     fn looking_at_a_folder_does_not_keep_it_from_being_removed() {
         let root = tempfile::tempdir().unwrap();
-        let runtime = Runtime { root: root.path().into() };
+        let runtime = Runtime { root: root.path().into(), journals: Journals::new(root.path().into()) };
         let vm = runtime.vm("web").unwrap();
         let over = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -289,7 +317,7 @@ mod tests {
                     let _ = vm.is_held().unwrap();
                 }
             });
-            for _ in 0..2000 {
+            for _ in 0..300 {
                 let lock = vm.claim().unwrap();
                 vm.remove().unwrap();
                 assert!(!vm.exists());
@@ -302,7 +330,7 @@ mod tests {
     #[test]
     fn a_name_is_taken_as_long_as_somebody_holds_it_and_until_its_rest_is_removed() {
         let root = tempfile::tempdir().unwrap();
-        let runtime = Runtime { root: root.path().into() };
+        let runtime = Runtime { root: root.path().into(), journals: Journals::new(root.path().into()) };
         let vm = runtime.vm("web").unwrap();
         let lock = vm.claim().unwrap();
         assert!(vm.is_held().unwrap());

@@ -14,6 +14,15 @@ pub enum UnitError {
     /// Not a duration.
     #[error("{0:?} is not a duration: write a number and us, ms, s or m, like 50ms")]
     Duration(String),
+    /// Too short or too long a silence.
+    #[error("use 100ms to 60m")]
+    Silence,
+}
+
+/// How long silence may be before it means death: long enough that a busy host is not dead.
+pub fn parse_dead_after(word: &str) -> Result<Duration, UnitError> {
+    let sensible = Duration::from_millis(100)..=Duration::from_secs(3600);
+    parse_duration(word).and_then(|time| if sensible.contains(&time) { Ok(time) } else { Err(UnitError::Silence) })
 }
 
 fn split(word: &str) -> Option<(f64, String)> {

@@ -17,15 +17,18 @@ use anyhow::{Context, Result, bail};
 use migrator::MigrationId;
 use migrator::driver::request;
 use migrator::options::Timeouts;
-use migrator::transport;
-use migrator::wire::preamble::Role;
+use migrator::traits::{Connection, Dialer};
+use migrator::transport::{self, ConnectError, TcpDialer};
+use migrator::wire::preamble::{Preamble, Role};
 
 mod requests;
 
 use crate::cli::{AgentArgs, DEFAULT_PORT};
 use crate::client;
+use crate::fault_points;
 use crate::machine::sandbox::Cage;
 use crate::machine::{State, connections};
+use crate::recovery;
 use crate::runtime::{Runtime, VmDir};
 
 /// How long it serves.
@@ -69,11 +72,13 @@ pub fn run(runtime: &Runtime, args: &AgentArgs, service: Service) -> Result<u8> 
         runtime: runtime.clone(),
         bridge: args.bridge.clone(),
         cage: args.cage.settings()?,
-        timeouts: Timeouts::default(),
+        timeouts: Timeouts::with_dead_after(args.dead_after),
         arrivals: Mutex::default(),
         accepted,
         connections: AtomicUsize::new(0),
     });
+    // Before the first answer: a migration that will not come is given up by then.
+    recovery::start(runtime, agent.timeouts)?;
     let address = listener.local_addr()?;
     tracing::info!(%address, "ready for migrations");
     let acceptor = thread::Builder::new().name("accept".into()).spawn(move || accept(&agent, &listener))?;
@@ -133,6 +138,33 @@ pub fn with_port(host: &str) -> String {
     }
 }
 
+/// How this host reaches the agent of another one: to migrate, and to ask what became of a migration.
+/// `addresses` are those of its name, or why there are none: whoever is in a sandbox cannot look them up.
+pub fn dialer(host: &str, timeouts: Timeouts, addresses: Result<Vec<SocketAddr>, String>) -> Arc<dyn Dialer> {
+    Arc::new(Stepped(TcpDialer::new(with_port(host), timeouts).with_addresses(addresses)))
+}
+
+/// A dialer whose connections are steps of a migration ([`fault_points`]).
+struct Stepped<D>(D);
+
+impl<D: Dialer> Dialer for Stepped<D> {
+    fn peer(&self) -> String {
+        self.0.peer()
+    }
+
+    fn dial(&self, preamble: &Preamble) -> Result<Box<dyn Connection>, ConnectError> {
+        let step = |when| {
+            let what = format!("dial-{:?}.{when}", preamble.role).to_lowercase();
+            let failed = |source| ConnectError::Broken { peer: self.peer(), source };
+            fault_points::step_of("source", &what, preamble.id, "").map_err(failed)
+        };
+        step("before")?;
+        let connection = self.0.dial(preamble)?;
+        step("after")?;
+        Ok(connection)
+    }
+}
+
 fn accept(agent: &Arc<Agent>, listener: &TcpListener) {
     loop {
         let (stream, peer) = match listener.accept() {
@@ -182,6 +214,7 @@ fn serve(agent: &Agent, stream: TcpStream) -> Result<()> {
                 bail!("a connection for an unknown migration");
             };
             let stream = accepted.welcome()?.into_stream();
+            fault_points::step_of("agent", "hand-over", preamble.id, "")?;
             connections::hand_over(&receiver, &stream, preamble.role, preamble.stream)
                 .context("the receiving process does not take the connection")?;
         }

@@ -3,20 +3,22 @@
 use std::os::unix::net::UnixStream;
 use std::sync::PoisonError;
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use migrator::MigrationId;
 use migrator::driver::request::{AskAnswer, Offer, Requests};
-use migrator::handoff::{self, Answer, HandoffRecord, Step};
+use migrator::handoff::{self, Answer};
 use migrator::journal::{FileJournal, JournalError};
 use migrator::traits::{Durability, Journal, Refusal};
 use rustix::net::RecvFlags;
 
 use super::Agent;
+use crate::fault_points;
 use crate::machine::endpoint::SourceFacts;
 use crate::machine::process::{Arrival, Start};
 use crate::machine::spawn;
+use crate::recovery;
 
 /// The name of a VM whose migration has just failed here, or which has just left, is free again in a moment.
 const TIDYING: Duration = Duration::from_secs(1);
@@ -38,7 +40,11 @@ impl Requests for Handler<'_> {
     fn offer(&mut self, offer: Offer) -> Result<(), Refusal> {
         let name = offer.vm.name.clone();
         tracing::info!(vm = name, from = self.peer, "offered");
-        self.take(offer).map_err(|error| {
+        let id = offer.id;
+        let _ = fault_points::step_of("agent", "offer.before", id, &name);
+        let taken = self.take(offer);
+        let _ = fault_points::step_of("agent", "offer.after", id, &name);
+        taken.map_err(|error| {
             let reason = format!("{error:#}");
             tracing::info!(vm = name, from = self.peer, reason, "not taken");
             Refusal { reason, mismatches: Vec::new() }
@@ -46,6 +52,7 @@ impl Requests for Handler<'_> {
     }
 
     fn ask(&mut self, id: MigrationId) -> AskAnswer {
+        let _ = fault_points::step_of("agent", "ask.before", id, "");
         let answer = self.what_became_of(id).unwrap_or_else(|error| {
             tracing::warn!(%id, "cannot tell what became of a migration: {error:#}");
             AskAnswer::Pending
@@ -63,6 +70,8 @@ impl Handler<'_> {
         let mut spec = facts.spec;
         anyhow::ensure!(spec.name == offer.vm.name, "the offer has two names for the VM");
         let dir = agent.runtime.vm(&spec.name)?;
+        // What a process left of a VM of this name may be in the way, and need not be.
+        recovery::settle(&dir, agent.timeouts)?;
         dir.remove_if_never_arrived(&agent.runtime)?;
         let deadline = Instant::now() + TIDYING;
         while dir.exists() {
@@ -83,10 +92,16 @@ impl Handler<'_> {
             arrivals.retain(|_, receiver| !is_closed(receiver));
             arrivals.insert(id, ours);
         }
-        let arrival = |connections| Arrival { offer, from: self.peer.clone(), connections };
+        let arrival = |connections| Arrival {
+            offer,
+            from: self.peer.clone(),
+            connections,
+            dead_after: agent.timeouts.dead_after,
+        };
         let (left, runtime) = (dir.clone(), agent.runtime.clone());
         let ended = move || {
-            if let Err(error) = left.remove_if_never_arrived(&runtime) {
+            let journal = runtime.journals.incoming(id).and_then(|path| recovery::look_at_incoming(id, &path));
+            if let Err(error) = journal.and_then(|()| left.remove_if_never_arrived(&runtime)) {
                 tracing::warn!(vm = left.name(), "{error:#}");
             }
         };
@@ -101,22 +116,17 @@ impl Handler<'_> {
         Ok(())
     }
 
-    fn tombstone(&self, id: MigrationId) -> HandoffRecord {
-        let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
-        HandoffRecord { id, step: Step::GaveUp, unix_ms, vm: String::new(), peer: self.peer.clone() }
-    }
-
     /// From the migration's journal. If the receiving process holds it, it may not be the last word; if nobody does and nothing was
     /// promised, the migration is given up here and now, for good.
     fn what_became_of(&self, id: MigrationId) -> Result<AskAnswer> {
-        let path = self.agent.runtime.handoff(id)?;
+        let path = self.agent.runtime.journals.incoming(id)?;
         let answer = match FileJournal::open(&path) {
             Err(JournalError::InUse(_)) => handoff::answer(&FileJournal::read(&path)?, id, true),
             Err(error) => return Err(error.into()),
             Ok(mut journal) => {
                 let answer = handoff::answer(&journal.load()?, id, false);
                 if answer == Answer::NoTrace {
-                    journal.append(&self.tombstone(id), Durability::Durable)?;
+                    journal.append(&recovery::tombstone(id, &self.peer), Durability::Durable)?;
                     Answer::GaveUp
                 } else {
                     answer

@@ -4,12 +4,19 @@ use anyhow::Result;
 
 use crate::cli::InspectArgs;
 use crate::client;
-use crate::machine::view::{ProgressView, VmView};
+use crate::machine::State;
+use crate::machine::view::{DoubtView, ProgressView, VmView};
 use crate::runtime::Runtime;
 use crate::units::format_bytes;
 
 /// Shows all about a VM.
 pub fn run(runtime: &Runtime, args: &InspectArgs) -> Result<u8> {
+    let dir = client::find(runtime, &args.name)?;
+    if !dir.is_held()?
+        && let Some(decided) = dir.outgoing.left_in_doubt()?
+    {
+        return dead(&args.name, &DoubtView::of_the_dead(&dir, decided), args.json);
+    }
     let vm = client::inspect(runtime, &args.name)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&vm)?);
@@ -19,8 +26,25 @@ pub fn run(runtime: &Runtime, args: &InspectArgs) -> Result<u8> {
     Ok(0)
 }
 
+/// A VM whose process died in doubt: there is nobody to ask.
+fn dead(name: &str, doubt: &DoubtView, json: bool) -> Result<u8> {
+    if json {
+        let view = serde_json::json!({"name": name, "state": State::InDoubt, "pid": null, "doubt": doubt});
+        println!("{}", serde_json::to_string_pretty(&view)?);
+    } else {
+        line("name", name.into());
+        line("state", State::InDoubt.to_string());
+        line("process", "died".into());
+        line("migration", format!("to {}: {}", doubt.peer, doubt.sentence()));
+    }
+    Ok(0)
+}
+
+fn line(key: &str, value: String) {
+    println!("{key:<12} {value}");
+}
+
 fn print(vm: &VmView) {
-    let line = |key: &str, value: String| println!("{key:<12} {value}");
     line("name", vm.name.clone());
     line("state", vm.state.to_string());
     line("process", vm.pid.to_string());
@@ -64,9 +88,8 @@ pub fn progress(m: &ProgressView) -> String {
         text.push_str(", ");
         text.push_str(&part);
     };
-    if m.phase == Phase::InDoubt {
-        add(format!("for {:.1} s", m.in_doubt_ms.unwrap_or(0) as f64 / 1e3));
-        add(format!("last answer: {}", m.last_answer.as_deref().unwrap_or("none")));
+    if let (Phase::InDoubt, Some(doubt)) = (m.phase, &m.doubt) {
+        add(doubt.sentence());
         return text;
     }
     if m.round > 0 {

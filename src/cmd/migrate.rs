@@ -10,8 +10,9 @@ use migrator::{Outcome, Owner, Phase, Report};
 use super::inspect::progress;
 use crate::cli::MigrateArgs;
 use crate::client::{self, Conversation};
-use crate::machine::exit_code;
+use crate::journals::{Left, in_doubt};
 use crate::machine::view::{Answer, MigrateRequest, ProgressView, Request, resolve};
+use crate::machine::{Exit, exit_code};
 use crate::runtime::Runtime;
 use crate::units::format_bytes;
 
@@ -29,35 +30,26 @@ pub fn run(runtime: &Runtime, args: &MigrateArgs) -> Result<u8> {
         streams: args.streams,
         mode: args.mode,
         verify: args.verify,
+        dead_after_ms: args.dead_after.as_millis() as u64,
     };
     let name = &args.name;
     let mut conversation = Conversation::ask(runtime, name, &Request::Migrate(request))?;
     cancel_on_interrupt(runtime, name)?;
     let mut show = Show::new(args);
-    let report = loop {
-        match conversation.next()? {
+    let (report, exit) = loop {
+        let answer = match conversation.next() {
+            Ok(answer) => answer,
+            Err(error) => return no_answer(runtime, name, error),
+        };
+        match answer {
             Answer::Progress(_) if args.detach => {
                 if !args.json {
                     println!("{name} is on its way to {}: microvm inspect {name} shows how far", args.to);
                 }
                 return Ok(0);
             }
-            Answer::Progress(p) => {
-                show.progress(&p);
-                if p.phase == Phase::InDoubt && p.in_doubt_ms.unwrap_or(0) > IN_DOUBT_PATIENCE.as_millis() as u64 {
-                    show.end();
-                    eprintln!(
-                        "microvm: in doubt: {} was told to run {name} and does not answer. {name} stays paused here, and goes on asking; \
-                         microvm ps shows how it stands, microvm resolve --help how to settle it by hand",
-                        args.to
-                    );
-                    if let (true, Some(report)) = (args.json, client::inspect(runtime, name)?.last_migration) {
-                        println!("{}", serde_json::to_string(&report)?);
-                    }
-                    return Ok(exit_code(Outcome::InDoubt));
-                }
-            }
-            Answer::Report(report) => break report,
+            Answer::Progress(p) => show.progress(&p),
+            Answer::Report { report, exit } => break (report, exit),
             other => bail!("unexpected answer: {other:?}"),
         }
     };
@@ -69,12 +61,44 @@ pub fn run(runtime: &Runtime, args: &MigrateArgs) -> Result<u8> {
     if args.json {
         println!("{}", serde_json::to_string(&report)?);
     }
-    tell(&report, args.json);
-    Ok(exit_code(report.outcome))
+    tell(&report, exit.as_ref(), args.json);
+    let lost = report.outcome == Outcome::Failed && report.owner == Owner::Destination;
+    Ok(if lost || exit.is_some() { NOWHERE } else { exit_code(report.outcome) })
 }
 
-/// How long the command waits for a doubt to settle itself before it says so and ends.
-const IN_DOUBT_PATIENCE: Duration = Duration::from_secs(10);
+/// Exit code: the VM ended, or was lost, and runs nowhere.
+const NOWHERE: u8 = 5;
+/// Exit code of a command that its user left (128 + SIGINT).
+const LEFT: i32 = 130;
+
+/// The VM's process said no more. If it is dead, that is the news, and its journal says the rest.
+fn no_answer(runtime: &Runtime, name: &str, error: anyhow::Error) -> Result<u8> {
+    let dir = runtime.vm(name)?;
+    // A process that dies closes its sockets before it lets go of its locks.
+    client::wait_until_let_go(runtime, name)?;
+    if dir.is_held()? {
+        return Err(error);
+    }
+    let left = dir.outgoing.left()?;
+    if let Left::InDoubt(decided) = left {
+        eprintln!("microvm: {}", in_doubt(name, &decided));
+        return Ok(exit_code(Outcome::InDoubt));
+    }
+    if matches!(left, Left::Released(_)) || !dir.is_known() {
+        // It let go, or its agent has asked meanwhile and cleared up.
+        println!("{name} runs on the other host; its process here ended before it could say more");
+        return Ok(exit_code(Outcome::Completed));
+    }
+    if let Some(exit) = Exit::read(&dir)? {
+        eprintln!("microvm: {}", exit.sentence(name));
+        return Ok(NOWHERE);
+    }
+    eprintln!(
+        "microvm: {error:#}: the process of {name} died, and {name} with it: microvm logs --process {name} may say why, \
+         microvm rm {name} removes what is left"
+    );
+    Ok(NOWHERE)
+}
 
 /// The first Ctrl-C cancels and waits for the answer; the second lets the migration go on and ends the command.
 fn cancel_on_interrupt(runtime: &Runtime, name: &str) -> Result<()> {
@@ -97,7 +121,7 @@ fn cancel_on_interrupt(runtime: &Runtime, name: &str) -> Result<()> {
             }
             tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
             eprintln!("microvm: leaving; microvm inspect {name} shows how it goes on");
-            std::process::exit(1);
+            std::process::exit(LEFT);
         });
     })?;
     let _ = is_ready.recv();
@@ -141,8 +165,14 @@ impl Show {
 }
 
 /// The end, for people.
-fn tell(report: &Report, json: bool) {
+fn tell(report: &Report, exit: Option<&Exit>, json: bool) {
     let Report { vm, to, .. } = report;
+    if report.outcome == Outcome::InDoubt {
+        return eprintln!(
+            "microvm: in doubt: {to} was told to run {vm} and does not answer. {vm} stays paused here, and goes on asking; \
+             microvm ps shows how it stands, microvm resolve --help how to settle it by hand"
+        );
+    }
     match (report.outcome, &report.error) {
         (Outcome::Completed, _) if !json => {
             let blackout =
@@ -155,10 +185,10 @@ fn tell(report: &Report, json: bool) {
             );
         }
         (Outcome::Completed, _) => {}
-        (Outcome::Cancelled, _) => eprintln!("microvm: cancelled; {vm} runs on here"),
+        (Outcome::Cancelled, _) if exit.is_none() => eprintln!("microvm: cancelled; {vm} runs on here"),
         (outcome, error) => {
             let owner = match report.owner {
-                Owner::Source => format!("{vm} is here, as it was"),
+                Owner::Source => exit.map_or_else(|| format!("{vm} is here, as it was"), |exit| exit.sentence(vm)),
                 Owner::Destination => format!("{vm} is on {to}"),
                 Owner::Unknown => format!("it is not known who owns {vm}"),
             };

@@ -13,6 +13,7 @@ mod inspect;
 mod logs;
 mod migrate;
 mod ps;
+mod resolve;
 mod rm;
 mod run;
 mod stop;
@@ -40,9 +41,7 @@ pub fn run(command: Command) -> Result<u8> {
         Command::Resume(args) => simple(&runtime, &args, &Request::Resume),
         Command::Rm(args) => rm::run(&runtime, &args),
         Command::Cancel(args) => simple(&runtime, &args, &Request::Cancel),
-        Command::Resolve(args) => {
-            simple(&runtime, &NameArgs { name: args.name }, &Request::Resolve { keep: args.keep })
-        }
+        Command::Resolve(args) => resolve::run(&runtime, &args),
         Command::Doctor(args) => doctor::run(&runtime, args.json),
         Command::VmProcess => unreachable!("handled above"),
     }

@@ -6,9 +6,10 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::client;
-use crate::machine::view::VmView;
+use crate::journals::Left;
+use crate::machine::view::{DoubtView, ProgressView, VmView};
 use crate::machine::{Exit, State};
-use crate::runtime::Runtime;
+use crate::runtime::{Runtime, VmDir};
 use crate::units::format_bytes;
 
 /// A line of `ps --json`: a VM whose process answers, or what is left of one.
@@ -16,7 +17,7 @@ use crate::units::format_bytes;
 #[serde(untagged)]
 enum Line {
     Alive(Box<VmView>),
-    Left { name: String, state: &'static str, exit: Option<Exit>, error: Option<String> },
+    Left { name: String, state: &'static str, exit: Option<Exit>, doubt: Option<DoubtView>, error: Option<String> },
 }
 
 /// Lists the VMs of this host.
@@ -27,13 +28,20 @@ pub fn run(runtime: &Runtime, json: bool) -> Result<u8> {
         lines.push(if dir.is_held()? {
             match client::inspect(runtime, &name) {
                 Ok(view) => Line::Alive(Box::new(view)),
-                // It has just ended, or moved away: no line is truer than a line about a socket.
-                Err(_) if !dir.is_held()? => continue,
-                Err(error) => Line::Left { name, state: "silent", exit: None, error: Some(format!("{error:#}")) },
+                // It has just ended, or moved away: that is truer than a line about a socket.
+                Err(_) if !dir.is_held()? => match left(&dir)? {
+                    Some(line) => line,
+                    None => continue,
+                },
+                Err(error) => {
+                    Line::Left { name, state: "silent", exit: None, doubt: None, error: Some(format!("{error:#}")) }
+                }
             }
         } else {
-            let exit = Exit::read(&dir)?;
-            Line::Left { name, state: if exit.is_some() { "ended" } else { "dead" }, exit, error: None }
+            match left(&dir)? {
+                Some(line) => line,
+                None => continue,
+            }
         });
     }
     if json {
@@ -53,17 +61,47 @@ pub fn run(runtime: &Runtime, json: bool) -> Result<u8> {
                 age(vm.since),
                 details(vm)
             ),
-            Line::Left { name, state, exit, error } => {
-                let details = match (exit, error) {
-                    (Some(exit), _) => exit.sentence(name),
-                    (None, Some(error)) => error.clone(),
-                    (None, None) => format!("its process died; microvm logs --process {name}, then microvm rm {name}"),
+            Line::Left { name, state, exit, doubt, error } => {
+                let details = match (doubt, exit, error) {
+                    (Some(doubt), ..) => format!("its process died; {}", doubt.sentence()),
+                    (None, Some(exit), _) => exit.sentence(name),
+                    (None, None, Some(error)) => error.clone(),
+                    (None, None, None) if !runtime.vm(name)?.exists() => {
+                        format!(
+                            "it died with its host; microvm run --name {name} starts it again, microvm rm {name} forgets it"
+                        )
+                    }
+                    (None, None, None) => {
+                        format!("its process died; microvm logs --process {name}, then microvm rm {name}")
+                    }
                 };
                 println!("{name:<20} {state:<10} {:>4} {:>9} {:>8} {:>8}  {details}", "-", "-", "-", "-");
             }
         }
     }
     Ok(0)
+}
+
+/// What is left of a VM without a process; nothing, if it was removed just now.
+fn left(dir: &VmDir) -> Result<Option<Line>> {
+    let (mut exit, left) = (Exit::read(dir)?, dir.outgoing.left()?);
+    if !dir.is_known() {
+        return Ok(None);
+    }
+    let doubt = match left {
+        Left::InDoubt(decided) => Some(DoubtView::of_the_dead(dir, decided)),
+        Left::Released(record) => {
+            exit.get_or_insert(Exit::Moved(record.peer));
+            None
+        }
+        Left::Nothing => None,
+    };
+    let state = match (&doubt, &exit) {
+        (Some(_), _) => "in-doubt",
+        (None, Some(_)) => "ended",
+        (None, None) => "dead",
+    };
+    Ok(Some(Line::Left { name: dir.name().into(), state, exit, doubt, error: None }))
 }
 
 fn age(since: u64) -> String {
@@ -77,14 +115,8 @@ fn age(since: u64) -> String {
 }
 
 fn details(vm: &VmView) -> String {
-    let seconds = |ms: u64| format!("{:.1} s", ms as f64 / 1e3);
     match (&vm.migration, vm.state) {
-        (Some(m), State::InDoubt) => format!(
-            "in doubt for {} with {}; last asked: {}; microvm resolve --help",
-            seconds(m.in_doubt_ms.unwrap_or(0)),
-            m.peer,
-            m.last_answer.as_deref().unwrap_or("no answer yet")
-        ),
+        (Some(ProgressView { doubt: Some(doubt), .. }), State::InDoubt) => doubt.sentence(),
         (Some(m), _) if m.incoming => format!("from {}", m.peer),
         (Some(m), _) => format!("to {}: {}, round {}, {} sent", m.peer, m.phase, m.round, format_bytes(m.bytes_sent)),
         (None, _) => {

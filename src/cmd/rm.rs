@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 
 use crate::cli::RmArgs;
 use crate::client;
+use crate::recovery::{self, Doubt};
 use crate::runtime::Runtime;
 
 /// Removes what is left of VMs; with `--force` also ends those that run.
@@ -18,13 +19,10 @@ pub fn run(runtime: &Runtime, args: &RmArgs) -> Result<u8> {
             }
             super::stop::stop(runtime, name, Duration::ZERO)?;
         }
-        if let Some(decided) = crate::runtime::unsettled(&dir.journal())?
-            && !args.force
+        if !args.force
+            && let Doubt::Released { to } = recovery::must_settle(&dir)?
         {
-            bail!(
-                "{name} died in the middle of migration {}: it may run at the destination. If it does, microvm rm --force {name} removes what is left here",
-                decided
-            );
+            println!("{name} runs on {to}");
         }
         dir.remove()?;
     }

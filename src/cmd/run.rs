@@ -15,6 +15,7 @@ use crate::machine::Exit;
 use crate::machine::process::Start;
 use crate::machine::spawn;
 use crate::machine::spec::{BootSpec, MachineSpec, NetSpec};
+use crate::recovery::{self, Doubt};
 use crate::runtime::{Runtime, VmDir, check_name};
 
 /// `console=` is what makes a stock kernel say anything.
@@ -34,6 +35,9 @@ pub fn run(runtime: &Runtime, args: RunArgs) -> Result<u8> {
     spec.boot.open()?.read()?;
     let dir = runtime.vm(&spec.name)?;
     let name = spec.name.clone();
+    if let Doubt::Released { to } = recovery::must_settle(&dir)? {
+        eprintln!("microvm: the {name} that was here runs on {to}; this is another one");
+    }
     spawn::vm_process(|_| Start { spec, arrival: None, cage }, None, || ())?;
     if detach {
         if json {

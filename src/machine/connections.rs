@@ -31,11 +31,11 @@ pub fn hand_over(to: &UnixStream, connection: &TcpStream, role: Role, stream: u1
 }
 
 /// Takes connections from `from` until the agent closes it.
-pub fn take_over(from: UnixStream) -> io::Result<mpsc::Receiver<Arrived>> {
+pub fn take_over(from: UnixStream, timeouts: Timeouts) -> io::Result<mpsc::Receiver<Arrived>> {
     let (sender, receiver) = mpsc::channel();
     thread::Builder::new().name("connections".into()).spawn(move || {
         loop {
-            match take_one(&from) {
+            match take_one(&from, timeouts) {
                 Ok(Some(arrived)) => {
                     if sender.send(arrived).is_err() {
                         return;
@@ -49,7 +49,7 @@ pub fn take_over(from: UnixStream) -> io::Result<mpsc::Receiver<Arrived>> {
     Ok(receiver)
 }
 
-fn take_one(from: &UnixStream) -> io::Result<Option<Arrived>> {
+fn take_one(from: &UnixStream, timeouts: Timeouts) -> io::Result<Option<Arrived>> {
     let mut label = [0; 3];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -61,7 +61,7 @@ fn take_one(from: &UnixStream) -> io::Result<Option<Arrived>> {
     let Some(fd) = fd else { return Ok(None) };
     let role = [Role::Control, Role::Pages].into_iter().find(|role| *role as u8 == label[0]);
     let role = role.filter(|_| received.bytes == label.len()).ok_or(io::ErrorKind::InvalidData)?;
-    let connection = Box::new(TcpConnection::new(TcpStream::from(fd), Timeouts::default())?);
+    let connection = Box::new(TcpConnection::new(TcpStream::from(fd), timeouts)?);
     Ok(Some(Arrived { role, stream: u16::from_le_bytes([label[1], label[2]]), connection }))
 }
 
@@ -77,7 +77,7 @@ mod tests {
         let dialled = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (accepted, _) = listener.accept().unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let arrivals = take_over(theirs).unwrap();
+        let arrivals = take_over(theirs, Timeouts::default()).unwrap();
         hand_over(&ours, &accepted, Role::Pages, 3).unwrap();
         drop(accepted);
         let arrived = arrivals.recv().unwrap();

@@ -8,15 +8,16 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use migrator::handle::Resolution;
-use migrator::transport::TcpDialer;
-use migrator::{MigrationHandle, MigrationId};
+use migrator::{MigrationHandle, MigrationId, Owner, Phase};
 use vmm::host::Host;
 use vmm::sandbox::{self, ThreadKind};
 
 use super::endpoint::Source;
 use super::view::{Answer, MigrateRequest, ProgressView, Request};
 use super::{Event, Machine, lock};
-use crate::agent::with_port;
+use crate::agent::dialer;
+use crate::fault_points;
+use crate::journals::Stepped;
 
 /// The longest request.
 const MAX_REQUEST_BYTES: u64 = 64 << 10;
@@ -75,7 +76,8 @@ fn answer(machine: &Arc<Machine>, host: &Arc<Host>, request: Request, send: Send
         Request::Migrate(request) => {
             let peer = request.to.clone();
             let handle = migrate(machine, host, &request)?;
-            watch(&handle, &peer, send)
+            let patience = Duration::from_millis(request.dead_after_ms) * IN_DOUBT_PATIENCE;
+            watch(machine, &handle, &peer, patience, send)
         }
         Request::Cancel => {
             let migration =
@@ -95,8 +97,7 @@ fn answer(machine: &Arc<Machine>, host: &Arc<Host>, request: Request, send: Send
 /// Starts moving the VM, in a thread of its own: whoever asked may go away.
 fn migrate(machine: &Arc<Machine>, host: &Arc<Host>, request: &MigrateRequest) -> Result<MigrationHandle> {
     let options = request.options();
-    let dialer = TcpDialer::new(with_port(&request.to), options.timeouts).with_addresses(request.addresses.clone());
-    let dialer = Arc::new(dialer);
+    let dialer = dialer(&request.to, options.timeouts, request.addresses.clone());
     let handle = MigrationHandle::new();
     machine.begin_migration(handle.clone(), request.to.clone(), false)?;
     let started = (|| {
@@ -106,7 +107,8 @@ fn migrate(machine: &Arc<Machine>, host: &Arc<Host>, request: &MigrateRequest) -
         let migration = move || {
             let machine = for_thread;
             let mut journal = lock(&machine.journal);
-            let report = migrator::migrate(&mut source, id, dialer, &mut *journal, &options, &handle);
+            fault_points::about(id, &machine.spec.name);
+            let report = migrator::migrate(&mut source, id, dialer, &mut Stepped(&mut journal), &options, &handle);
             drop(journal);
             machine.send(Event::MigrationOver(Box::new(report)));
         };
@@ -118,16 +120,30 @@ fn migrate(machine: &Arc<Machine>, host: &Arc<Host>, request: &MigrateRequest) -
     started.map(|_| handle)
 }
 
-/// Sends progress until the migration is over, then its report.
-fn watch(handle: &MigrationHandle, peer: &str, send: Send<'_>) -> Result<Answer> {
+/// A doubt may settle itself within so many times what counts as death; whoever waits longer is told how it stands.
+const IN_DOUBT_PATIENCE: u32 = 2;
+
+/// Sends progress until the migration is over or in doubt for longer than `patience`, then its report.
+fn watch(
+    machine: &Machine,
+    handle: &MigrationHandle,
+    peer: &str,
+    patience: Duration,
+    send: Send<'_>,
+) -> Result<Answer> {
     let mut seen = 0;
     loop {
         let (now, progress) = handle.wait(seen, PROGRESS_EVERY);
         seen = now;
-        if progress.phase == migrator::Phase::Done
-            && let Some(report) = handle.report()
-        {
-            return Ok(Answer::Report(Box::new(report)));
+        let doubt = progress.in_doubt_since.map_or(Duration::ZERO, |since| progress.elapsed.saturating_sub(since));
+        let enough = match progress.phase {
+            Phase::Done => true,
+            Phase::InDoubt => doubt > patience,
+            _ => false,
+        };
+        if enough && let Some(report) = handle.report() {
+            let exit = if report.owner == Owner::Source { machine.wait_fate() } else { None };
+            return Ok(Answer::Report { report: Box::new(report), exit });
         }
         // A watcher that went away is no reason to stop anything.
         send(&Answer::Progress(ProgressView::new(peer, false, &progress)))?;

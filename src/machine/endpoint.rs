@@ -21,6 +21,7 @@ use vmm::vm::{RunState, Vm};
 
 use super::Machine;
 use super::spec::MachineSpec;
+use crate::fault_points::{self, step};
 
 /// What the source tells of itself for the destination's preflight.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -81,6 +82,7 @@ impl GuestPages for EndpointMemory {
     }
 
     fn rearm(&self, chunk: u64, bits: &ChunkBits) -> io::Result<()> {
+        fault_points::in_round()?;
         let run = PageRun { first: chunk * CHUNK_PAGES, pages: self.layout.chunk_pages(chunk) };
         let mut done = 0;
         for piece in self.layout.pieces(run) {
@@ -168,11 +170,15 @@ impl SourceVm for Source {
     }
 
     fn start_dirty_log(&mut self) -> Result<(), VmError> {
-        self.vm(Vm::start_dirty_log)
+        step("source", "start-dirty-log.before")?;
+        self.vm(Vm::start_dirty_log)?;
+        fault_points::round();
+        Ok(step("source", "start-dirty-log.after")?)
     }
 
     fn collect_dirty(&mut self, into: &mut Bitmap) -> Result<(), VmError> {
         let regions = self.vm(Vm::collect_dirty)?;
+        fault_points::round();
         for (index, words) in regions.iter().enumerate() {
             let (Some(first), Some(region)) =
                 (self.description.ram.region_start(index), self.description.ram.regions().get(index))
@@ -191,15 +197,20 @@ impl SourceVm for Source {
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
-        self.vm(Vm::pause)
+        step("source", "pause.before")?;
+        self.vm(Vm::pause)?;
+        Ok(step("source", "pause.after")?)
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
+        step("source", "resume.before")?;
         Ok(self.machine.with_vm(Vm::resume)?)
     }
 
     fn save_state(&mut self) -> Result<Vec<Section>, VmError> {
+        step("source", "save.before")?;
         let sections = self.vm(|vm| vm.save())?;
+        step("source", "save.after")?;
         Ok(sections
             .into_iter()
             .map(|s| Section { kind: s.kind, instance: s.instance, version: s.version, bytes: s.bytes })
@@ -227,6 +238,7 @@ impl Destination {
 
 impl DestinationVm for Destination {
     fn prepare(&mut self, description: &VmDescription) -> Result<(), Refusal> {
+        step("destination", "prepare.before").map_err(|e| refusal(e.to_string()))?;
         let facts: SourceFacts = serde_json::from_value(description.facts.clone())
             .map_err(|e| refusal(format!("the VM's description cannot be read: {e}")))?;
         // Where it is plugged in may differ: that is this host's own choice.
@@ -248,7 +260,7 @@ impl DestinationVm for Destination {
             return Err(refusal("the VM's memory is laid out differently by this version of microvm".into()));
         }
         self.memory = Some(memory);
-        Ok(())
+        step("destination", "prepare.after").map_err(|e| refusal(e.to_string()))
     }
 
     fn memory(&self) -> Arc<dyn GuestPages> {
@@ -260,10 +272,13 @@ impl DestinationVm for Destination {
             .into_iter()
             .map(|s| vmm::snapshot::Section { kind: s.kind, instance: s.instance, version: s.version, bytes: s.bytes })
             .collect();
-        self.machine.with_vm(|vm| vm.restore(sections))?.map_err(Into::into)
+        step("destination", "load.before")?;
+        self.machine.with_vm(|vm| vm.restore(sections))??;
+        Ok(step("destination", "load.after")?)
     }
 
     fn start(&mut self, paused: bool) -> Result<Started, StartError> {
+        step("destination", "start.before").map_err(|e| StartError { may_have_run: false, source: e.into() })?;
         let started = self.machine.with_vm(|vm| {
             if paused {
                 return Started { first_run: None };
@@ -271,7 +286,9 @@ impl DestinationVm for Destination {
             vm.resume();
             Started { first_run: vm.wait_entered() }
         });
-        started.map_err(|e| StartError { may_have_run: false, source: e.into() })
+        let started = started.map_err(|e| StartError { may_have_run: false, source: e.into() })?;
+        step("destination", "start.after").map_err(|e| StartError { may_have_run: true, source: e.into() })?;
+        Ok(started)
     }
 
     fn announcer(&self) -> Arc<dyn Announcer> {

@@ -18,7 +18,7 @@ use vmm::sandbox::violation::Shared;
 
 use super::process::Started;
 use super::{Exit, lock};
-use crate::runtime::{VmDir, VmLock};
+use crate::runtime::{Runtime, VmDir, VmLock};
 
 /// More than a VM ever says to its keeper.
 const MAX_NOTES_BYTES: u64 = 256 << 10;
@@ -107,7 +107,7 @@ impl ToKeeper {
 impl Keeper {
     /// Waits for the end of the VM, and tidies up: bridges first, then the folder; `lock` goes last, so that whoever waits for it
     /// finds everything done. Returns the exit code of the VM's process.
-    pub fn keep(self, dir: &VmDir, lock: VmLock, unplug: Vec<Unplug>) -> Result<u8> {
+    pub fn keep(self, dir: &VmDir, runtime: &Runtime, lock: VmLock, unplug: Vec<Unplug>) -> Result<u8> {
         // Who ends a VM ends its process. A signal for all of them is not for this one.
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
             // SAFETY: ignoring a signal runs no code of ours.
@@ -149,6 +149,8 @@ impl Keeper {
                 fs::write(dir.exit(), serde_json::to_vec(&exit)?).context("the VM's folder cannot be written")?;
                 dir.remove_sockets();
             }
+            // A bug after the VM was this host's, by its journal: that it died here is what there is to see.
+            _ if !owned && dir.has_arrived(runtime)? => {}
             // It ended by itself before it had a VM, or nobody has heard of it.
             _ if !owned && (status.exited() || !answered) => dir.remove()?,
             // It was killed: what it leaves tells of it.

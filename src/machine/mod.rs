@@ -26,6 +26,7 @@ pub mod process;
 pub mod sandbox;
 pub mod spawn;
 pub mod spec;
+mod termination;
 pub mod view;
 
 use crate::runtime::VmDir;
@@ -71,6 +72,10 @@ pub enum Exit {
         /// The name of the thread that made it.
         thread: Option<String>,
     },
+    /// A human gave it to another host, without that host's word.
+    GivenAway(String),
+    /// Another host took it over and could not run it.
+    Lost(String),
 }
 
 impl Exit {
@@ -100,12 +105,16 @@ impl Exit {
                 )
             }
             Exit::Sandbox { .. } => format!("{name} was ended by its sandbox: it made a system call that it may not"),
+            Exit::GivenAway(to) => {
+                format!("{name} was let go by hand (resolve --discard): it runs on {to}, or nowhere")
+            }
+            Exit::Lost(why) => format!("{name} was taken over and lost {why}"),
         }
     }
 
     /// Whether that is what somebody wanted.
     pub fn is_clean(&self) -> bool {
-        matches!(self, Exit::PoweredOff | Exit::Killed | Exit::Moved(_))
+        matches!(self, Exit::PoweredOff | Exit::Killed | Exit::Moved(_) | Exit::GivenAway(_))
     }
 }
 
@@ -158,6 +167,9 @@ pub struct Opened {
     /// What holds the process.
     pub sandbox: Sandbox,
 }
+
+/// How long things may take to end by themselves when the host wants to shut down.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// There is no VM: it is not built yet, or gone.
 #[derive(Debug, thiserror::Error)]
@@ -217,6 +229,7 @@ impl Machine {
             let mut status = lock(&self.status);
             status.boot += 1;
             (status.guest_end, status.panicked) = (None, false);
+            self.changed.notify_all();
             status.boot
         };
         let machine = Arc::downgrade(self);
@@ -347,11 +360,34 @@ impl Machine {
         self.wait_exit(Duration::from_secs(10)).context("the VM does not end")
     }
 
+    /// Ends it because the host wants to shut down: first a migration, if that is possible, then the guest, gently, then by force.
+    /// What is in doubt stays so in its journal.
+    fn terminate(&self) {
+        if let Some(migration) = self.migration() {
+            // Too late, or over by itself: either way there is an end to wait for.
+            let _ = migration.handle.cancel();
+            self.wait_until(GRACE, |status| status.migration.is_none());
+        }
+        if let Err(error) = self.stop(GRACE) {
+            tracing::warn!("ended by force: {error:#}");
+        }
+        self.send(Event::Kill);
+    }
+
+    /// After a migration that left the VM here: how it has ended meanwhile, if it has.
+    fn wait_fate(&self) -> Option<Exit> {
+        self.wait_until(GRACE, |s| s.exit.is_some() || (s.migration.is_none() && s.guest_end.is_none()))
+    }
+
+    fn wait_until(&self, patience: Duration, so: impl Fn(&Status) -> bool) -> Option<Exit> {
+        let status = lock(&self.status);
+        let waited = self.changed.wait_timeout_while(status, patience, |status| !so(status));
+        waited.unwrap_or_else(PoisonError::into_inner).0.exit.clone()
+    }
+
     /// Waits until the VM has ended here, for no longer than `patience`.
     fn wait_exit(&self, patience: Duration) -> Option<Exit> {
-        let status = lock(&self.status);
-        let waited = self.changed.wait_timeout_while(status, patience, |s| s.exit.is_none());
-        waited.unwrap_or_else(PoisonError::into_inner).0.exit.clone()
+        self.wait_until(patience, |status| status.exit.is_some())
     }
 
     fn set_ending(&self) {

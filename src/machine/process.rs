@@ -17,7 +17,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use migrator::driver::request::Offer;
 use migrator::journal::FileJournal;
-use migrator::{Incoming, MigrationHandle, Outcome, Owner, ReceiveOptions, Received};
+use migrator::options::Timeouts;
+use migrator::{Incoming, MigrationHandle, Outcome, Owner, ReceiveOptions, Received, Report};
 use serde::{Deserialize, Serialize};
 use vmm::devices::power::GuestEvent;
 use vmm::devices::virtio::{Tap, Unplug};
@@ -29,8 +30,11 @@ use super::endpoint::Destination;
 use super::keeper::{self, Side, ToKeeper};
 use super::sandbox::{Cage, Migrations};
 use super::spec::{MachineSpec, NetSpec};
+use super::termination::Termination;
 use super::{Event, Exit, Machine, Opened, connections, control, lock};
-use crate::runtime::{self, Runtime, VmDir, VmLock};
+use crate::fault_points;
+use crate::journals::Stepped;
+use crate::runtime::{Runtime, VmDir, VmLock};
 
 /// What a VM process is started with.
 #[derive(Debug, Serialize, Deserialize)]
@@ -52,6 +56,8 @@ pub struct Arrival {
     pub from: String,
     /// The descriptor through which the agent hands over connections.
     pub connections: i32,
+    /// How long a silent source counts as alive.
+    pub dead_after: Duration,
 }
 
 /// What it answers.
@@ -76,7 +82,7 @@ pub fn main() -> Result<u8> {
     vmm::sandbox::close_all_but(start.arrival.as_ref().map(|arrival| arrival.connections))
         .context("descriptors cannot be closed")?;
     let prepared = prepare(start).and_then(|prepared| Ok((prepared, keeper::fork().context("it has no keeper")?)));
-    let (Prepared { start, dir, lock, runtime, taps, unplug, connections }, side) = match prepared {
+    let (Prepared { start, dir, lock, journal, runtime, taps, unplug, connections }, side) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
             keeper::tell_starter(&Started::Failed(format!("{error:#}")));
@@ -85,14 +91,16 @@ pub fn main() -> Result<u8> {
     };
     let keeper = match side {
         Side::Keeper(keeper) => {
-            drop((taps, connections));
-            return keeper.keep(&dir, lock, unplug);
+            drop((taps, connections, journal));
+            return keeper.keep(&dir, &runtime, lock, unplug);
         }
         Side::Vm(keeper) => keeper,
     };
     keeper::close_stdout();
     unplug.into_iter().for_each(std::mem::forget);
-    let result = live(start, &dir, &runtime, taps, connections, &keeper);
+    let result = fault_points::connect()
+        .context("the test that MICROVM_FAULT_POINTS names does not listen")
+        .and_then(|()| live(start, &dir, &runtime, journal, taps, connections, &keeper));
     match result {
         Ok(exit) => Ok(u8::from(!exit.is_clean())),
         Err(error) => {
@@ -111,6 +119,8 @@ struct Prepared {
     start: Start,
     dir: VmDir,
     lock: VmLock,
+    /// Of the attempts to move it away.
+    journal: FileJournal,
     runtime: Runtime,
     taps: Vec<Tap>,
     unplug: Vec<Unplug>,
@@ -123,8 +133,12 @@ fn prepare(start: Start) -> Result<Prepared> {
     let connections = start.arrival.as_ref().map(|arrival| inherited(arrival.connections));
     let runtime = Runtime::from_env()?;
     let dir = runtime.vm(&start.spec.name)?;
-    let lock = dir.claim()?;
+    let (lock, journal) = dir.claim()?;
     let taps = || {
+        // First of all: what is left of a process that dies must tell what it was.
+        if let Some(arrival) = &start.arrival {
+            fs::write(dir.arriving(), arrival.offer.id.to_string()).context("the VM's folder cannot be written")?;
+        }
         // From here on messages go to the VM's log: the terminal that they would go to is somebody else's soon.
         let log = File::options().create(true).append(true).open(dir.process_log());
         rustix::stdio::dup2_stderr(&log.context("the VM's log cannot be made")?)
@@ -139,13 +153,14 @@ fn prepare(start: Start) -> Result<Prepared> {
         }
     };
     let unplug = taps.iter_mut().filter_map(Tap::take_unplug).collect();
-    Ok(Prepared { start, dir, lock, runtime, taps, unplug, connections })
+    Ok(Prepared { start, dir, lock, journal, runtime, taps, unplug, connections })
 }
 
 fn live(
     start: Start,
     dir: &VmDir,
     runtime: &Runtime,
+    outgoing: FileJournal,
     taps: Vec<Tap>,
     handed_over: Option<UnixStream>,
     keeper: &ToKeeper,
@@ -154,16 +169,16 @@ fn live(
     let host = Arc::new(Host::open()?);
     let config = serde_json::to_vec_pretty(&spec)?;
     fs::write(dir.config(), config).context("the VM's folder cannot be written")?;
-    if let Some(arrival) = &arrival {
-        fs::write(dir.arriving(), arrival.offer.id.to_string()).context("the VM's folder cannot be written")?;
-    }
     let control = UnixListener::bind(dir.control_socket()).context("the control socket cannot be made")?;
     let console_socket = UnixListener::bind(dir.console_socket()).context("the console's socket cannot be made")?;
     let log = Log::open(&dir.console_log()).context("the console's log cannot be written")?;
     let boot = spec.boot.open();
-    let outgoing = runtime::create_journal(&dir.journal())?;
-    let incoming = arrival.as_ref().map(|arrival| runtime::create_journal(&runtime.handoff(arrival.offer.id)?));
+    let incoming = arrival.as_ref().map(|arrival| {
+        let journal = runtime.journals.incoming(arrival.offer.id)?;
+        FileJournal::open(&journal).context("the migration's journal cannot be kept")
+    });
     let incoming = incoming.transpose()?;
+    let terminate = Termination::prepare().context("SIGTERM cannot be waited for")?;
 
     let sandbox = cage.enter(dir)?;
     let migrations = Migrations::prepare().context("the migrations' thread cannot be started")?;
@@ -180,6 +195,7 @@ fn live(
         }
     };
     machine.console.serve(console_socket, Box::new(input))?;
+    terminate.serve(&machine).context("SIGTERM cannot be waited for")?;
     let result = match (arrival, handed_over, incoming) {
         (Some(arrival), Some(connections), Some(journal)) => {
             control::serve(machine.clone(), host.clone(), control)?;
@@ -226,15 +242,18 @@ fn receive(
     mut journal: FileJournal,
     keeper: &ToKeeper,
 ) -> Result<()> {
-    let Arrival { offer, from, connections: _ } = arrival;
+    let Arrival { offer, from, connections: _, dead_after } = arrival;
+    let timeouts = Timeouts::with_dead_after(dead_after);
     let no_more = handed_over.try_clone()?;
-    let connections = connections::take_over(handed_over).context("connections cannot be taken over")?;
+    let connections = connections::take_over(handed_over, timeouts).context("connections cannot be taken over")?;
     let handle = MigrationHandle::new();
     machine.begin_migration(handle.clone(), from, true)?;
+    fault_points::about(offer.id, &machine.spec.name);
     keeper.answer(Started::Ready);
     let mut destination = Destination::new(machine.clone(), host.clone());
     let incoming = Incoming { offer, connections };
-    let result = migrator::receive(&mut destination, incoming, &mut journal, &ReceiveOptions::default(), &handle);
+    let options = ReceiveOptions { timeouts, ..ReceiveOptions::default() };
+    let result = migrator::receive(&mut destination, incoming, &mut Stepped(&mut journal), &options, &handle);
     machine.end_migration(None);
     // The agent sees that it need not keep its end.
     let _ = no_more.shutdown(Shutdown::Both);
@@ -249,13 +268,13 @@ fn main_loop(machine: &Arc<Machine>, host: &Arc<Host>, inbox: &Receiver<Event>) 
         match inbox.recv().context("every sender is gone")? {
             Event::Kill => return Ok(Exit::Killed),
             Event::MigrationOver(report) => {
-                let (owner, to, outcome) = (report.owner, report.to.clone(), report.outcome);
-                if owner == Owner::Destination {
+                if report.owner == Owner::Destination {
+                    let exit = left(&report);
                     // Clients that watch get the report; the VM here is let go only now, outside the blackout.
                     machine.end_migration(Some(*report));
-                    return Ok(Exit::Moved(to));
+                    return Ok(exit);
                 }
-                if outcome == Outcome::Failed {
+                if report.outcome == Outcome::Failed {
                     tracing::warn!(error = ?report.error, "the migration failed; the VM stays here");
                 }
                 machine.end_migration(Some(*report));
@@ -273,6 +292,17 @@ fn main_loop(machine: &Arc<Machine>, host: &Arc<Host>, inbox: &Receiver<Event>) 
                 }
             }
         }
+    }
+}
+
+/// How a VM ended here that is the destination's now.
+fn left(report: &Report) -> Exit {
+    let why = report.error.as_ref().map(|error| error.message.clone());
+    match (report.outcome, why) {
+        (Outcome::Failed, why) => Exit::Lost(format!("on {}: {}", report.to, why.unwrap_or_default())),
+        (_, None) => Exit::Moved(report.to.clone()),
+        // Completed, and yet something to say: a human did it.
+        (_, Some(_)) => Exit::GivenAway(report.to.clone()),
     }
 }
 

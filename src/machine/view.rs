@@ -3,6 +3,8 @@
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::time::Duration;
 
+use migrator::handoff::HandoffRecord;
+use migrator::options::Timeouts;
 use migrator::{Options, Progress, Report};
 use serde::{Deserialize, Serialize};
 use vmm::sandbox::Sandbox;
@@ -10,6 +12,8 @@ use vmm::sandbox::Sandbox;
 use super::spec::{BootSpec, NetSpec};
 use super::{Exit, Machine, State, lock, unix_seconds};
 use crate::agent::with_port;
+use crate::journals::unix_ms;
+use crate::runtime::VmDir;
 
 /// What a client asks.
 #[derive(Debug, Serialize, Deserialize)]
@@ -56,6 +60,8 @@ pub struct MigrateRequest {
     pub mode: Mode,
     /// Compare hashes of all memory at the switchover.
     pub verify: bool,
+    /// How long a silent destination counts as alive, in milliseconds.
+    pub dead_after_ms: u64,
 }
 
 /// How memory moves.
@@ -88,6 +94,7 @@ impl MigrateRequest {
             bandwidth: self.bandwidth,
             streams: self.streams,
             verify: self.verify,
+            timeouts: Timeouts::with_dead_after(Duration::from_millis(self.dead_after_ms)),
             ..Options::default()
         }
     }
@@ -105,8 +112,13 @@ pub enum Answer {
     Vm(Box<VmView>),
     /// How far a migration is.
     Progress(ProgressView),
-    /// How it ended.
-    Report(Box<Report>),
+    /// How it ended, or how it stands if it is in doubt for long.
+    Report {
+        /// What there is to say of it.
+        report: Box<Report>,
+        /// How the VM ended, if it did so meanwhile.
+        exit: Option<Exit>,
+    },
     /// How the VM ended.
     Exit(Exit),
 }
@@ -186,14 +198,60 @@ pub struct ProgressView {
     pub elapsed_ms: u64,
     /// In doubt for so many milliseconds.
     pub in_doubt_ms: Option<u64>,
-    /// In doubt: the latest answer, or why there is none.
+    /// How it stands, if it is in doubt.
+    pub doubt: Option<DoubtView>,
+}
+
+/// A migration in doubt: COMMIT was sent, and what became of it is not known.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DoubtView {
+    /// The destination.
+    pub peer: String,
+    /// Since when, in milliseconds since 1970.
+    pub since_unix_ms: u64,
+    /// When the destination was asked last, in milliseconds since 1970.
+    pub last_asked_unix_ms: Option<u64>,
+    /// The latest answer, or why there is none.
     pub last_answer: Option<String>,
+}
+
+impl DoubtView {
+    /// Of a VM whose process died in doubt, from its journal.
+    pub fn of_the_dead(dir: &VmDir, decided: HandoffRecord) -> Self {
+        let asked = dir.outgoing.asked(&decided);
+        DoubtView {
+            peer: decided.peer,
+            since_unix_ms: decided.unix_ms,
+            last_asked_unix_ms: asked.as_ref().map(|asked| asked.unix_ms),
+            last_answer: asked.map(|asked| asked.answer),
+        }
+    }
+
+    /// A line for people, with this host's local times.
+    pub fn sentence(&self) -> String {
+        let asked = match (self.last_asked_unix_ms, &self.last_answer) {
+            (None, _) => "not asked yet".into(),
+            (Some(at), None) => format!("last asked {}: no answer yet", local_time(at)),
+            (Some(at), Some(answer)) => format!("last asked {}: {answer}", local_time(at)),
+        };
+        let since = local_time(self.since_unix_ms);
+        format!("in doubt since {since} whether it runs on {}, {asked}; microvm resolve --help", self.peer)
+    }
+}
+
+/// `2026-03-01 14:03:05`, in this host's time zone.
+fn local_time(unix_ms: u64) -> String {
+    let time = i64::try_from(unix_ms).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
+    let local = |time: jiff::Timestamp| time.to_zoned(jiff::tz::TimeZone::system()).strftime("%F %T").to_string();
+    time.map_or_else(|| "an unknown time".into(), local)
 }
 
 impl ProgressView {
     /// From the migrator's own.
     pub fn new(peer: &str, incoming: bool, progress: &Progress) -> Self {
         let ms = |d: Duration| d.as_millis() as u64;
+        let now = unix_ms();
+        let at = |since_the_start: Duration| now.saturating_sub(ms(progress.elapsed.saturating_sub(since_the_start)));
         ProgressView {
             peer: peer.into(),
             incoming,
@@ -208,7 +266,12 @@ impl ProgressView {
             predicted_blackout_ms: progress.predicted_blackout.map(|d| d.as_secs_f64() * 1e3),
             elapsed_ms: ms(progress.elapsed),
             in_doubt_ms: progress.in_doubt_since.map(|since| ms(progress.elapsed.saturating_sub(since))),
-            last_answer: progress.last_answer.clone(),
+            doubt: progress.in_doubt_since.map(|since| DoubtView {
+                peer: peer.into(),
+                since_unix_ms: at(since),
+                last_asked_unix_ms: progress.last_asked.map(at),
+                last_answer: progress.last_answer.clone(),
+            }),
         }
     }
 }

@@ -25,6 +25,11 @@ const PREFIX: &str = "mvt";
 /// The program under test.
 pub const MICROVM: &str = env!("CARGO_BIN_EXE_microvm");
 
+/// The program that hosts run: `$MICROVM_PROGRAM`, if a test needs one that was built otherwise.
+pub fn program() -> PathBuf {
+    std::env::var_os("MICROVM_PROGRAM").map_or_else(|| MICROVM.into(), PathBuf::from)
+}
+
 /// A network namespace, removed with all that runs in it.
 pub struct Namespace(String);
 
@@ -140,13 +145,16 @@ pub struct Host {
     runtime: Folder,
     /// Its address on `br0`.
     pub ip: String,
+    /// What the program gets in its environment besides.
+    pub env: Vec<(&'static str, String)>,
 }
 
 impl Host {
     /// The program on this host.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = self.ns.command(MICROVM);
+        let mut command = self.ns.command(program());
         command.args(arguments).env("MICROVM_RUNTIME_DIR", self.runtime());
+        command.envs(self.env.iter().map(|(name, value)| (name, value)));
         command
     }
 
@@ -181,6 +189,11 @@ impl Host {
             self.ns.run("ss", "-Hltn sport = :7437").ok().contains("7437")
         });
         self.agent = Some(agent);
+    }
+
+    /// The agent's process.
+    pub fn agent_pid(&self) -> Option<i32> {
+        self.agent.as_ref().map(|agent| agent.pid().cast_signed())
     }
 
     /// Kills the agent.
@@ -223,7 +236,8 @@ impl Host {
     pub fn is_empty(&self) {
         let agent = self.agent.as_ref().map(|agent| agent.pid().cast_signed());
         let what = || {
-            let vms = fs::read_dir(self.runtime().join("vms")).into_iter().flatten().flatten();
+            let folders = ["vms", "outgoing"].map(|name| fs::read_dir(self.runtime().join(name)));
+            let vms = folders.into_iter().flatten().flatten().flatten();
             let mut left: Vec<String> = vms.map(|e| format!("folder {}", e.path().display())).collect();
             left.extend(self.taps().into_iter().map(|tap| format!("TAP {tap}")));
             let others = self.ns.pids().into_iter().filter(|pid| Some(*pid) != agent);
@@ -328,7 +342,7 @@ impl Net {
             ns.ip(&format!("addr add {ip}/24 dev br0"));
             let runtime = Folder(PathBuf::from(format!("/tmp/{base}-h{n}")));
             fs::create_dir(&runtime.0).unwrap();
-            Host { agent: None, ns, runtime, ip }
+            Host { agent: None, ns, runtime, ip, env: Vec::new() }
         };
         let (a, b) = (host(1), host(2));
         let observer = namespace("obs");
