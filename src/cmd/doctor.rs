@@ -39,6 +39,7 @@ pub fn run(runtime: &Runtime, json: bool) -> Result<u8> {
         "not root: only TAPs made for this user can be used"
     };
     find("privileges", true, says.into());
+    sandbox(&mut find);
     let bridges = bridges();
     let says = match bridges.as_slice() {
         [] => "none; one is made with: ip link add br0 type bridge && ip link set br0 up".to_string(),
@@ -87,6 +88,30 @@ fn kvm(facts: &HostFacts, find: &mut dyn FnMut(&'static str, bool, String)) {
     find("TSC", true, says.into());
     let (free, all) = (format_bytes(facts.memory_available_bytes), format_bytes(facts.memory_bytes));
     find("memory", true, format!("{free} available of {all}"));
+}
+
+/// What a VM's process could be held by here. Only the filters are a must.
+fn sandbox(find: &mut dyn FnMut(&'static str, bool, String)) {
+    match vmm::sandbox::filters_work() {
+        Ok(()) => find("seccomp", true, "system calls of VM processes are filtered".into()),
+        Err(error) => find("seccomp", false, migrator::report::chain(&error)),
+    }
+    match vmm::sandbox::can_switch_user() {
+        Ok(()) => find("own users", true, "each VM's process gets a user and a root directory of its own".into()),
+        Err(why) => find("own users", true, format!("none: {why}")),
+    }
+    let says = match vmm::sandbox::landlock_abi() {
+        Some(abi) => format!("ABI {abi}: VM processes can open no file and no port"),
+        None => "none (Linux 5.13, boot with lsm=landlock,…): the filters alone keep VM processes from files".into(),
+    };
+    find("Landlock", true, says);
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let mut fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let says = match fields.find(|mount| mount.get(2) == Some(&"cgroup2")) {
+        Some(mount) => format!("v2 at {}: for --cgroup", mount[1]),
+        None => "no version 2 here: --cgroup takes the directory of another".into(),
+    };
+    find("cgroups", true, says);
 }
 
 fn bridges() -> Vec<String> {

@@ -1,6 +1,7 @@
 //! `microvm inspect`.
 
 use anyhow::Result;
+use vmm::sandbox::Sandbox;
 
 use crate::cli::InspectArgs;
 use crate::client;
@@ -48,6 +49,8 @@ fn print(vm: &VmView) {
     line("name", vm.name.clone());
     line("state", vm.state.to_string());
     line("process", vm.pid.to_string());
+    line("sandbox", sandbox(&vm.sandbox));
+    vm.sandbox.missing.iter().for_each(|missing| line("", missing.clone()));
     line("cpus", vm.cpus.to_string());
     line("memory", format_bytes(vm.memory_bytes));
     line("kernel", vm.boot.kernel_name());
@@ -77,6 +80,16 @@ fn print(vm: &VmView) {
         let error = report.error.as_ref().map_or(String::new(), |e| format!(": {}", e.message));
         line("last move", format!("to {}, {:?}{error}", report.to, report.outcome).to_lowercase());
     }
+}
+
+/// What holds the process, on one line.
+fn sandbox(sandbox: &Sandbox) -> String {
+    if !sandbox.seccomp {
+        return "no sandbox: it was started with --no-sandbox".into();
+    }
+    let user = sandbox.user.map_or("no user of its own".into(), |user| format!("user {user}"));
+    let landlock = sandbox.landlock.map_or("no Landlock".into(), |abi| format!("Landlock {abi}"));
+    format!("system calls filtered, {user}, {landlock}")
 }
 
 /// A migration's progress on one line.

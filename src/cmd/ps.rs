@@ -120,8 +120,9 @@ fn details(vm: &VmView) -> String {
         (Some(m), _) if m.incoming => format!("from {}", m.peer),
         (Some(m), _) => format!("to {}: {}, round {}, {} sent", m.peer, m.phase, m.round, format_bytes(m.bytes_sent)),
         (None, _) => {
-            let addresses: Vec<&str> = vm.addresses.iter().flatten().map(String::as_str).collect();
-            addresses.join(" ")
+            let mut details: Vec<&str> = vm.addresses.iter().flatten().map(String::as_str).collect();
+            details.extend((!vm.sandbox.seccomp).then_some("no sandbox"));
+            details.join(" ")
         }
     }
 }

@@ -113,6 +113,13 @@ pub fn enter(settings: &Settings<'_>) -> Result<Sandbox, SandboxError> {
     Ok(Sandbox { seccomp: true, user, landlock, missing })
 }
 
+/// Whether this kernel takes the filters: tries one, on a thread that then ends.
+pub fn filters_work() -> Result<(), SandboxError> {
+    let filters = Filters::compile()?;
+    let tried = std::thread::spawn(move || filters.install(ThreadKind::Vcpu)).join();
+    tried.unwrap_or_else(|_| Err(step("a thread")(std::io::Error::other("it panicked"))))
+}
+
 /// Confines the calling thread, and those that it starts from now on, to what its kind needs. Does nothing in a process that is
 /// in no sandbox. A thread that cannot be confined must not go on, and ends the process.
 pub fn confine(kind: ThreadKind) {
