@@ -145,23 +145,36 @@ def status_kib(pid, field):
 
 
 def mappings(pid):
-    """Size, resident and proportional KiB of each mapping."""
+    """Size, resident and proportional KiB of each mapping. Neighbours that differ only in advice count as one."""
     with open(f"/proc/{pid}/smaps") as smaps:
-        for line in smaps:
-            key, _, value = line.partition(":")
-            if key == "Size":
-                size = int(value.split()[0])
-            elif key == "Rss":
-                resident = int(value.split()[0])
-            elif key == "Pss":
-                yield size, resident, int(value.split()[0])
+        return parse_mappings(smaps)
+
+
+def parse_mappings(lines):
+    """The same from the lines of an smaps file."""
+    found, last = [], None
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key in ("Rss", "Pss"):
+            found[-1][1 if key == "Rss" else 2] += int(value.split()[0])
+        elif key == "Size":
+            found[-1][0] += int(value.split()[0])
+        elif "-" in key.split()[0]:
+            # START-END PERMISSIONS OFFSET DEVICE INODE PATH
+            fields = line.split()
+            start, end = fields[0].split("-")
+            identity = (fields[1], fields[4], fields[5:])
+            if last != (start, identity):
+                found.append([0, 0, 0])
+            last = (end, identity)
+    return found
 
 
 def memory_beyond_guest(pid, guest_bytes):
     """Proportional memory of a process without its guest's RAM, and the RAM that is resident; KiB."""
     # A guest's RAM is one mapping, or a few when address space has a hole in it; nothing else is as large.
     least = guest_bytes // 1024 // 4
-    every = list(mappings(pid))
+    every = mappings(pid)
     guest = [(resident, proportional) for size, resident, proportional in every if size >= least and resident]
     return {"beyond_kib": sum(p for _, _, p in every) - sum(p for _, p in guest), "guest_kib": sum(r for r, _ in guest)}
 

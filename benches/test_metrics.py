@@ -12,6 +12,7 @@ import tempfile
 import unittest
 
 import cases
+import machine
 import metrics
 import pictures
 import report
@@ -116,6 +117,16 @@ class OfNumbers(unittest.TestCase):
     def test_growth_is_a_slope(self):
         self.assertAlmostEqual(metrics.growth_ms_per_gib([(1, 2.1), (4, 2.4), (8, 2.8)]), 0.1)
         self.assertIsNone(metrics.growth_ms_per_gib([(1, 2.1), (1, 2.4)]))
+
+
+class OfProcesses(unittest.TestCase):
+    def test_mappings_that_were_split_by_advice_are_one(self):
+        def mapping(span, resident, inode=0, path=""):
+            head = f"{span} rw-p 00000000 00:00 {inode} {path}\n"
+            return head + f"Size: 1024 kB\nRss: {resident} kB\nPss: {resident} kB\nAnonHugePages: 0 kB\nVmFlags: rd wr mr\n"
+
+        text = mapping("1000-2000", 10) + mapping("2000-3000", 20) + mapping("3000-4000", 30, 7, "/lib") + mapping("5000-6000", 40)
+        self.assertEqual(machine.parse_mappings(text.splitlines()), [[2048, 30, 30], [1024, 30, 30], [1024, 40, 40]])
 
 
 class OfCases(unittest.TestCase):
