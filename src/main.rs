@@ -7,8 +7,10 @@ mod cmd;
 mod fault_points;
 mod journals;
 mod machine;
+mod policy;
 mod recovery;
 mod runtime;
+mod trust;
 mod units;
 
 use std::io::IsTerminal;

@@ -22,6 +22,7 @@ use crate::agent::dialer;
 use crate::journals::{Left, in_doubt, unix_ms};
 use crate::machine::view::resolve;
 use crate::runtime::{Runtime, VmDir};
+use crate::trust::Link;
 
 /// Between two looks for what processes have left.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
@@ -56,15 +57,20 @@ pub fn settle(dir: &VmDir, timeouts: Timeouts) -> Result<Doubt> {
         Left::InDoubt(decided) => decided,
         Left::Released(record) => return clear_up(dir, &record),
     };
-    let answer =
-        match request::ask(&*dialer(&decided.peer, timeouts, resolve(&decided.peer)), decided.id, timeouts.request) {
-            Ok(AskAnswer::Running) => return release(dir, &decided),
-            Ok(AskAnswer::GaveUp) => return keep(dir, &decided),
-            Ok(AskAnswer::Pending) => "it has not decided yet".into(),
-            Err(error) => migrator::report::chain(&error),
-        };
+    let answer = match ask(&decided, timeouts) {
+        Ok(AskAnswer::Running) => return release(dir, &decided),
+        Ok(AskAnswer::GaveUp) => return keep(dir, &decided),
+        Ok(AskAnswer::Pending) => "it has not decided yet".into(),
+        Err(error) => migrator::report::chain(error.as_ref()),
+    };
     dir.outgoing.note_asked(&answer);
     Ok(Doubt::Open { answer })
+}
+
+fn ask(decided: &HandoffRecord, timeouts: Timeouts) -> Result<AskAnswer> {
+    let peer = &decided.peer;
+    let dialer = dialer(&Link::for_questions()?, peer, timeouts, resolve(peer))?;
+    Ok(request::ask(&*dialer, decided.id, timeouts.request)?)
 }
 
 /// [`settle`], for a command that can do nothing before it is known.

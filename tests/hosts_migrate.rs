@@ -187,7 +187,7 @@ fn one_that_waits_without_an_agent_takes_one_in() {
 
 fn without_an_agent(a: &Host, b: &Host) {
     let pulse = a.pulse("web", "--memory 64M", "ws=8M rate=10M");
-    let waiting = b.start(&format!("receive --insecure-plaintext --listen {}:7437", b.ip));
+    let waiting = b.start(&format!("receive --listen {}:7437", b.ip));
     wait_until("it listens", || b.ns.run("ss", "-Hltn sport = :7437").ok().contains("7437"));
     a.moves("web", b, "");
     assert_eq!(waiting.said().ok().trim(), "web");

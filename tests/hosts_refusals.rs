@@ -126,7 +126,8 @@ fn hosts_without_kvm_or_without_room() {
         "mount -t tmpfs -o size=4k none {runtime} && head -c 4096 /dev/zero >{runtime}/all; {MICROVM} run -d --name bad"
     );
     shell(full).refused(1, &["no space left"]);
-    host.microvm("agent --listen 10.77.0.1:7437").refused(1, &["--insecure-plaintext"]);
+    host.leave_fleet();
+    host.microvm("agent --listen 10.77.0.1:7437").refused(1, &["--insecure-plaintext", "microvm trust"]);
     host.microvm("agent --listen 192.0.2.1:7437 --insecure-plaintext").refused(1, &["192.0.2.1:7437"]);
 }
 

@@ -52,9 +52,13 @@ impl Lab {
         assert!(built.starts_with(checkout()), "hosts of the lab see this checkout; {} is elsewhere", built.display());
         let mut lab = Lab { agents: Vec::new() };
         output(script("lab").args(["up", "2"])).unwrap();
+        lab.join_hosts();
+        // VMs that came may boot again from where their kernels lie.
+        let policy = Path::new(env!("CARGO_TARGET_TMPDIR")).join("policy.json").display().to_string();
+        std::fs::write(&policy, r#"{"boot_files": ["/"]}"#).unwrap();
         for n in [1, 2] {
             let listen = format!("10.99.0.{n}:7437");
-            let mut agent = lab.command(n, &["agent", "--listen", &listen, "--insecure-plaintext"]);
+            let mut agent = lab.command(n, &["agent", "--listen", &listen, "--policy", &policy]);
             lab.agents.push(agent.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
             let probe = format!("until ss -ltn | grep -q {listen}; do sleep 0.1; done");
             output(script("lab").args([
@@ -71,6 +75,19 @@ impl Lab {
             .unwrap();
         }
         lab
+    }
+
+    /// Makes the hosts a fleet.
+    fn join_hosts(&self) {
+        use std::io::Write;
+        self.microvm(1, &["trust", "init", "--host", "host1", "--address", "10.99.0.1"]).unwrap();
+        let bundle = self.microvm(1, &["trust", "issue", "host2", "--address", "10.99.0.2", "--out", "-"]).unwrap();
+        let program = env!("CARGO_BIN_EXE_microvm");
+        let mut import = script("lab");
+        import.args(["exec", "host2", "--", program, "trust", "import", "-"]).stdin(Stdio::piped());
+        let mut import = import.spawn().unwrap();
+        import.stdin.take().unwrap().write_all(bundle.as_bytes()).unwrap();
+        assert!(import.wait().unwrap().success());
     }
 
     fn command(&self, host: u8, args: &[&str]) -> Command {

@@ -3,9 +3,9 @@
 use std::fmt::Write;
 use std::path::PathBuf;
 
-/// Compares bytes with `tests/golden/v1/<name>.hex`.
+/// Compares bytes with `tests/golden/v2/<name>.hex`.
 pub(crate) fn check(name: &str, bytes: &[u8]) {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1").join(format!("{name}.hex"));
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v2").join(format!("{name}.hex"));
     let mut text = String::new();
     for line in bytes.chunks(16) {
         for byte in line {

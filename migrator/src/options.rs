@@ -159,6 +159,8 @@ impl Timeouts {
 /// What the receiving side may choose.
 #[derive(Clone, Debug, Default)]
 pub struct ReceiveOptions {
+    /// Who offered the VM, for the journal: the host's name where it has proved it. Empty: the address from which it connects.
+    pub from: String,
     /// Limits on waiting.
     pub timeouts: Timeouts,
     /// When to announce, after the guest runs.

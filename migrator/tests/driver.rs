@@ -160,7 +160,7 @@ impl Requests for Agent {
         Ok(())
     }
 
-    fn ask(&mut self, id: MigrationId) -> AskAnswer {
+    fn ask(&mut self, id: MigrationId) -> Result<AskAnswer, Refusal> {
         let mut records = self.0.journal.records.lock().unwrap();
         match handoff::answer(&records, id, self.0.alive.load(Ordering::SeqCst)) {
             Answer::NoTrace => {
@@ -171,9 +171,9 @@ impl Requests for Agent {
                     vm: String::new(),
                     peer: String::new(),
                 });
-                AskAnswer::GaveUp
+                Ok(AskAnswer::GaveUp)
             }
-            answer => answer.try_into().unwrap(),
+            answer => Ok(answer.try_into().unwrap()),
         }
     }
 }
@@ -875,8 +875,8 @@ impl Dialer for OfferedDialer {
                     fn offer(&mut self, _: Offer) -> Result<(), Refusal> {
                         Ok(())
                     }
-                    fn ask(&mut self, _: MigrationId) -> AskAnswer {
-                        AskAnswer::Pending
+                    fn ask(&mut self, _: MigrationId) -> Result<AskAnswer, Refusal> {
+                        Ok(AskAnswer::Pending)
                     }
                 }
                 let _ = request::serve(Box::new(far), Duration::from_secs(1), &mut Yes);
@@ -971,7 +971,7 @@ fn strangers_are_called_by_name() {
         (stranger(b"", false), "the connection broke"),
         (
             stranger(b"MICROVM\n\x04\x00\x09\x00\x00\x00", true),
-            "the peer speaks version 9 of the migration protocol, this host version 1",
+            "speaks version 9 of the migration protocol, this host version 2",
         ),
         (stranger(b"MICROVM\n\xff\xff", true), "broke the protocol"),
         (refused, "cannot connect: Connection refused"),
@@ -997,13 +997,13 @@ fn an_agent_tells_strangers_why() {
         String::from_utf8_lossy(&answer).into_owned()
     };
     assert!(
-        ask(b"MICROVM\n\x04\x00\x02\x00\x01\x00")
-            .contains("the peer speaks version 2 of the migration protocol, this host version 1")
+        ask(b"MICROVM\n\x04\x00\x01\x00\x01\x00")
+            .contains("the peer speaks version 1 of the migration protocol, this host version 2")
     );
     assert_eq!(ask(b"GET / HTTP/1.1\r\n\r\n"), "");
     // A migration that nobody knows.
     let preamble = migrator::wire::preamble::Preamble { role: Role::Control, stream: 0, id: MigrationId([9; 16]) };
-    assert!(ask(&preamble.encode()).contains("unknown migration"));
+    assert!(ask(&preamble.encode(false)).contains("unknown migration"));
     // Asking about it leaves a tombstone, and the attempt can never begin.
     assert_eq!(request::ask(&*host.dialer(), MigrationId([9; 16]), HANG).unwrap(), AskAnswer::GaveUp);
     let vm = MockSource::new(filled(10, LogMode::Manual));

@@ -51,12 +51,19 @@ class Hosts:
     def get(self, url, timeout=10):
         return run(self.in_client("curl", "-sf", "--max-time", str(timeout), url), f"GET {url}", timeout + 20)
 
+    def join_hosts(self):
+        """Makes the two hosts a fleet, as anybody would."""
+        self.microvm(0, "trust", "init", "--host", self.names[0], "--address", self.addresses[0])
+        bundle = self.microvm(0, "trust", "issue", self.names[1], "--address", self.addresses[1])
+        run(self.in_host(1, "trust", "import", "-", stdin=True), f"{self.names[1]}: microvm trust import", given=bundle)
+
     def start_agents(self):
+        self.join_hosts()
         for host in (0, 1):
             log = os.path.join(self.directory, f"agent{host + 1}.log")
             with open(log, "w") as out:
                 agent = self.start(
-                    self.in_host(host, "agent", "--listen", f"{self.addresses[host]}:{PORT}", "--insecure-plaintext"),
+                    self.in_host(host, "agent", "--listen", f"{self.addresses[host]}:{PORT}"),
                     stdout=out, stderr=out)
             deadline = time.monotonic() + 30
             while True:
@@ -131,11 +138,12 @@ class Namespaces(Hosts):
                 f"link set to-{name} master br0 up")
         self.ip(name, f"link set {interface} up")
 
-    def in_host(self, host, *arguments):
+    def in_host(self, host, *arguments, stdin=False):
         name = self.names[host]
         runtime = os.path.join(self.directory, str(host + 1))
         # With a host name of its own, for its messages.
         return ["ip", "netns", "exec", self.namespace(name), "env", f"MICROVM_RUNTIME_DIR={runtime}",
+                f"MICROVM_CONFIG_DIR={runtime}/config",
                 "unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name, MICROVM, *arguments]
 
     def in_client(self, *command):
@@ -183,8 +191,8 @@ class Lab(Hosts):
         run([self.script, "up", "2"], "scripts/lab up", timeout=900)
         self.start_agents()
 
-    def in_host(self, host, *arguments):
-        return [self.script, "exec", "-n", self.names[host], "--", MICROVM, *arguments]
+    def in_host(self, host, *arguments, stdin=False):
+        return [self.script, "exec", *([] if stdin else ["-n"]), self.names[host], "--", MICROVM, *arguments]
 
     def in_client(self, *command):
         return [self.script, "net", "--", *command]

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::path::PathBuf;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -18,9 +18,11 @@ use migrator::MigrationId;
 use migrator::driver::request;
 use migrator::options::Timeouts;
 use migrator::traits::{Connection, Dialer};
-use migrator::transport::{self, ConnectError, TcpDialer};
+use migrator::transport::{self, ConnectError};
 use migrator::wire::preamble::{Preamble, Role};
 
+mod gate;
+mod peers;
 mod requests;
 
 use crate::cli::{AgentArgs, DEFAULT_PORT};
@@ -28,8 +30,13 @@ use crate::client;
 use crate::fault_points;
 use crate::machine::sandbox::Cage;
 use crate::machine::{State, connections};
+use crate::policy::{self, Policy};
 use crate::recovery;
 use crate::runtime::{Runtime, VmDir};
+use crate::trust::Link;
+use crate::trust::store::config_dir;
+use gate::Gate;
+use peers::Peers;
 
 /// How long it serves.
 pub enum Service {
@@ -42,8 +49,6 @@ pub enum Service {
     },
 }
 
-/// Connections served at once; more wait in the kernel's queue, and then are refused by it.
-const MAX_CONNECTIONS: usize = 256;
 /// After the one VM of `receive` has come, questions about its migration are answered for so long.
 const LINGER: Duration = Duration::from_secs(10);
 /// Between two looks at the VM that `receive` waits for.
@@ -59,12 +64,22 @@ struct Agent {
     arrivals: Mutex<HashMap<MigrationId, UnixStream>>,
     /// Told of each VM that is on its way.
     accepted: Sender<VmDir>,
-    connections: AtomicUsize,
+    gate: Arc<Gate>,
+    peers: Peers,
+    /// Where the policy stands; whether it was named, and so must be there.
+    policy: (PathBuf, bool),
+    /// Held from looking at what the host has to starting one more VM.
+    admitting: Mutex<()>,
 }
 
 /// Serves.
 pub fn run(runtime: &Runtime, args: &AgentArgs, service: Service) -> Result<u8> {
-    check_address(args.listen, args.insecure_plaintext)?;
+    let peers = Peers::new(args.listen, args.insecure_plaintext)?;
+    let policy = match &args.policy {
+        Some(path) => (path.clone(), true),
+        None => (config_dir()?.join(policy::FILE), false),
+    };
+    Policy::read(&policy.0, policy.1)?;
     vmm::host::Host::open().context("this host cannot take VMs in")?;
     let listener = TcpListener::bind(args.listen).with_context(|| format!("cannot listen on {}", args.listen))?;
     let (accepted, arrivals) = mpsc::channel();
@@ -75,7 +90,10 @@ pub fn run(runtime: &Runtime, args: &AgentArgs, service: Service) -> Result<u8> 
         timeouts: Timeouts::with_dead_after(args.dead_after),
         arrivals: Mutex::default(),
         accepted,
-        connections: AtomicUsize::new(0),
+        gate: Arc::default(),
+        peers,
+        policy,
+        admitting: Mutex::default(),
     });
     // Before the first answer: a migration that will not come is given up by then.
     recovery::start(runtime, agent.timeouts)?;
@@ -116,16 +134,6 @@ fn wait_for(runtime: &Runtime, vm: &VmDir) -> Result<()> {
     }
 }
 
-fn check_address(address: SocketAddr, insecure: bool) -> Result<()> {
-    if !address.ip().is_loopback() && !insecure {
-        bail!(
-            "refusing to listen on {address}: nothing is encrypted or authenticated yet, so whoever reaches the port could read and \
-             replace guests' memory. On a network that is yours alone, add --insecure-plaintext"
-        );
-    }
-    Ok(())
-}
-
 /// `host` or `host:port`, as one can dial it.
 pub fn with_port(host: &str) -> String {
     let has_port = host
@@ -140,8 +148,13 @@ pub fn with_port(host: &str) -> String {
 
 /// How this host reaches the agent of another one: to migrate, and to ask what became of a migration.
 /// `addresses` are those of its name, or why there are none: whoever is in a sandbox cannot look them up.
-pub fn dialer(host: &str, timeouts: Timeouts, addresses: Result<Vec<SocketAddr>, String>) -> Arc<dyn Dialer> {
-    Arc::new(Stepped(TcpDialer::new(with_port(host), timeouts).with_addresses(addresses)))
+pub fn dialer(
+    link: &Link,
+    host: &str,
+    timeouts: Timeouts,
+    addresses: Result<Vec<SocketAddr>, String>,
+) -> Result<Arc<dyn Dialer>> {
+    Ok(Arc::new(Stepped(link.dialer(host, timeouts)?.with_addresses(addresses))))
 }
 
 /// A dialer whose connections are steps of a migration ([`fault_points`]).
@@ -176,33 +189,50 @@ fn accept(agent: &Arc<Agent>, listener: &TcpListener) {
                 continue;
             }
         };
-        if agent.connections.fetch_add(1, Ordering::SeqCst) >= MAX_CONNECTIONS {
-            agent.connections.fetch_sub(1, Ordering::SeqCst);
-            tracing::warn!(%peer, "turned away: {MAX_CONNECTIONS} connections are being served");
-            continue;
-        }
+        let place = match agent.gate.enter(peer.ip()) {
+            Ok(place) => place,
+            Err(why) => {
+                tracing::warn!(%peer, "turned away: {why}");
+                continue;
+            }
+        };
         let for_thread = agent.clone();
         let served = thread::Builder::new().name("connection".into()).stack_size(512 << 10).spawn(move || {
             if let Err(error) = serve(&for_thread, stream) {
                 tracing::info!(%peer, "{}", migrator::report::chain(error.as_ref()));
             }
-            for_thread.connections.fetch_sub(1, Ordering::SeqCst);
+            drop(place);
         });
         if let Err(error) = served {
-            agent.connections.fetch_sub(1, Ordering::SeqCst);
             tracing::warn!(%error, %peer, "turned away");
         }
     }
 }
 
 fn serve(agent: &Agent, stream: TcpStream) -> Result<()> {
-    let accepted = transport::accept(stream, agent.timeouts)?;
+    let tls = agent.peers.tls();
+    let accepted = match &tls {
+        Some(_) => transport::accept_tls(stream, agent.timeouts)?,
+        None => transport::accept(stream, agent.timeouts)?,
+    };
     let preamble = accepted.preamble;
     match preamble.role {
         Role::Request => {
-            let peer = accepted.peer().to_string();
-            let connection = Box::new(accepted.welcome()?);
-            request::serve(connection, agent.timeouts.request, &mut requests::Handler { agent, peer })?;
+            let address = accepted.peer().to_string();
+            let connection = accepted.welcome()?;
+            let (connection, identity): (Box<dyn Connection>, _) = match tls {
+                None => (Box::new(connection), None),
+                Some(tls) => {
+                    let peer = tls.accept(connection, &preamble, agent.timeouts)?;
+                    if let Err(error) = agent.policy().and_then(|policy| policy.check_peer(Some(peer.identity()))) {
+                        peer.refuse(&format!("{error:#}"))?;
+                        return Err(error);
+                    }
+                    let identity = peer.identity().clone();
+                    (Box::new(peer.welcome()?), Some(identity))
+                }
+            };
+            request::serve(connection, agent.timeouts.request, &mut requests::Handler::new(agent, identity, address))?;
         }
         Role::Control | Role::Pages => {
             let receiver = {
@@ -222,6 +252,13 @@ fn serve(agent: &Agent, stream: TcpStream) -> Result<()> {
     Ok(())
 }
 
+impl Agent {
+    /// What peers may do, as the file says now.
+    fn policy(&self) -> Result<Policy> {
+        Policy::read(&self.policy.0, self.policy.1)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -237,17 +274,6 @@ mod tests {
             ("[fd00::2]", "[fd00::2]:7437"),
         ] {
             assert_eq!(with_port(given), dialled);
-        }
-    }
-
-    #[test]
-    fn only_loopback_is_served_without_saying_so() {
-        check_address("127.0.0.1:7437".parse().unwrap(), false).unwrap();
-        check_address("[::1]:7437".parse().unwrap(), false).unwrap();
-        check_address("0.0.0.0:7437".parse().unwrap(), true).unwrap();
-        for address in ["0.0.0.0:7437", "10.0.0.1:7437", "[::]:7437"] {
-            let error = check_address(address.parse().unwrap(), false).unwrap_err().to_string();
-            assert!(error.contains("--insecure-plaintext"), "{error}");
         }
     }
 }

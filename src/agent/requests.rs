@@ -1,5 +1,6 @@
 //! What peers ask an agent: to take a VM, and what became of a migration.
 
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::sync::PoisonError;
 use std::thread;
@@ -8,9 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use migrator::MigrationId;
 use migrator::driver::request::{AskAnswer, Offer, Requests};
-use migrator::handoff::{self, Answer};
+use migrator::handoff::{self, Answer, HandoffRecord};
 use migrator::journal::{FileJournal, JournalError};
 use migrator::traits::{Durability, Journal, Refusal};
+use migrator::transport::tls::Identity;
 use rustix::net::RecvFlags;
 
 use super::Agent;
@@ -18,6 +20,8 @@ use crate::fault_points;
 use crate::machine::endpoint::SourceFacts;
 use crate::machine::process::{Arrival, Start};
 use crate::machine::spawn;
+use crate::machine::spec::MachineSpec;
+use crate::policy::Load;
 use crate::recovery;
 
 /// The name of a VM whose migration has just failed here, or which has just left, is free again in a moment.
@@ -30,10 +34,34 @@ fn is_closed(receiver: &UnixStream) -> bool {
     !matches!(seen, Err(rustix::io::Errno::AGAIN))
 }
 
+impl Agent {
+    /// What this host has.
+    fn load(&self) -> Result<Load> {
+        let mut load = Load { vms: 0, memory_bytes: 0, incoming: 0 };
+        for vm in self.runtime.vms()? {
+            if !vm.is_held()? {
+                continue;
+            }
+            // It has none while it is being made; what is being made by us was counted before.
+            let spec =
+                std::fs::read(vm.config()).ok().and_then(|text| serde_json::from_slice::<MachineSpec>(&text).ok());
+            load.vms += 1;
+            load.memory_bytes += spec.map_or(0, |spec| spec.memory_bytes);
+        }
+        let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+        arrivals.retain(|_, receiver| !is_closed(receiver));
+        load.incoming = arrivals.len();
+        Ok(load)
+    }
+}
+
 /// One connection's requests.
 pub(super) struct Handler<'a> {
-    pub(super) agent: &'a Agent,
-    pub(super) peer: String,
+    agent: &'a Agent,
+    /// Who has proved to be there; none in clear text.
+    identity: Option<Identity>,
+    /// The host that it is, or its address in clear text.
+    peer: String,
 }
 
 impl Requests for Handler<'_> {
@@ -51,18 +79,32 @@ impl Requests for Handler<'_> {
         })
     }
 
-    fn ask(&mut self, id: MigrationId) -> AskAnswer {
+    fn ask(&mut self, id: MigrationId) -> Result<AskAnswer, Refusal> {
         let _ = fault_points::step_of("agent", "ask.before", id, "");
         let answer = self.what_became_of(id).unwrap_or_else(|error| {
             tracing::warn!(%id, "cannot tell what became of a migration: {error:#}");
-            AskAnswer::Pending
+            Some(AskAnswer::Pending)
         });
         tracing::info!(%id, from = self.peer, ?answer, "asked");
-        answer
+        let reason = format!("the migration {id} is not one of {}", self.peer);
+        answer.ok_or(Refusal { reason, mismatches: Vec::new() })
     }
 }
 
-impl Handler<'_> {
+/// Whether a migration that was offered by `recorded` is another's than `asking`'s. What was offered in clear text is on record by
+/// address, and anybody may ask.
+fn is_anothers(recorded: &str, asking: Option<&Identity>) -> bool {
+    asking.is_some_and(|asking| {
+        !recorded.is_empty() && recorded != asking.host && recorded.parse::<SocketAddr>().is_err()
+    })
+}
+
+impl<'a> Handler<'a> {
+    pub(super) fn new(agent: &'a Agent, identity: Option<Identity>, address: String) -> Self {
+        let peer = identity.as_ref().map_or(address, |identity| identity.host.clone());
+        Handler { agent, identity, peer }
+    }
+
     fn take(&self, offer: Offer) -> Result<()> {
         let agent = self.agent;
         let facts: SourceFacts =
@@ -82,21 +124,27 @@ impl Handler<'_> {
             );
             thread::sleep(Duration::from_millis(20));
         }
-        if let Some(bridge) = &agent.bridge {
-            spec.nets.iter_mut().filter(|net| net.bridge.is_some()).for_each(|net| net.bridge = Some(bridge.clone()));
-        }
+        let policy = agent.policy()?;
+        let link = agent.peers.link()?;
+        let _admitting = agent.admitting.lock().unwrap_or_else(PoisonError::into_inner);
+        policy.admit(&mut spec, agent.bridge.as_deref(), agent.load()?)?;
         let id = offer.id;
+        // Whoever has seen the id on the wire must not take another's place.
+        let taken = agent.arrivals.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&id);
+        anyhow::ensure!(!taken, "this migration is under way already");
         let (ours, theirs) = UnixStream::pair()?;
         {
             let mut arrivals = agent.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
-            arrivals.retain(|_, receiver| !is_closed(receiver));
             arrivals.insert(id, ours);
         }
+        let boot_folders = policy.boot_folders().to_vec();
         let arrival = |connections| Arrival {
             offer,
             from: self.peer.clone(),
             connections,
             dead_after: agent.timeouts.dead_after,
+            link,
+            boot_folders,
         };
         let (left, runtime) = (dir.clone(), agent.runtime.clone());
         let ended = move || {
@@ -118,13 +166,24 @@ impl Handler<'_> {
 
     /// From the migration's journal. If the receiving process holds it, it may not be the last word; if nobody does and nothing was
     /// promised, the migration is given up here and now, for good.
-    fn what_became_of(&self, id: MigrationId) -> Result<AskAnswer> {
+    /// None: it is another host's migration, about which nothing is said and nothing written.
+    fn what_became_of(&self, id: MigrationId) -> Result<Option<AskAnswer>> {
         let path = self.agent.runtime.journals.incoming(id)?;
+        let anothers = |records: &[HandoffRecord]| {
+            records.iter().any(|record| record.id == id && is_anothers(&record.peer, self.identity.as_ref()))
+        };
         let answer = match FileJournal::open(&path) {
-            Err(JournalError::InUse(_)) => handoff::answer(&FileJournal::read(&path)?, id, true),
+            Err(JournalError::InUse(_)) => match FileJournal::read(&path)? {
+                records if anothers(&records) => return Ok(None),
+                records => handoff::answer(&records, id, true),
+            },
             Err(error) => return Err(error.into()),
             Ok(mut journal) => {
-                let answer = handoff::answer(&journal.load()?, id, false);
+                let records = journal.load()?;
+                if anothers(&records) {
+                    return Ok(None);
+                }
+                let answer = handoff::answer(&records, id, false);
                 if answer == Answer::NoTrace {
                     journal.append(&recovery::tombstone(id, &self.peer), Durability::Durable)?;
                     Answer::GaveUp
@@ -134,6 +193,6 @@ impl Handler<'_> {
             }
         };
         // A living process with nothing promised yet settles it itself.
-        Ok(AskAnswer::try_from(answer).unwrap_or(AskAnswer::Pending))
+        Ok(Some(AskAnswer::try_from(answer).unwrap_or(AskAnswer::Pending)))
     }
 }

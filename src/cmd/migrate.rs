@@ -14,6 +14,7 @@ use crate::journals::{Left, in_doubt};
 use crate::machine::view::{Answer, MigrateRequest, ProgressView, Request, resolve};
 use crate::machine::{Exit, exit_code};
 use crate::runtime::Runtime;
+use crate::trust::Link;
 use crate::units::format_bytes;
 
 /// Lines without a terminal: at each new round or phase, and at least this often.
@@ -21,6 +22,7 @@ const LINE_EVERY: Duration = Duration::from_secs(1);
 
 /// Carries it out.
 pub fn run(runtime: &Runtime, args: &MigrateArgs) -> Result<u8> {
+    client::find(runtime, &args.name)?;
     let request = MigrateRequest {
         to: args.to.clone(),
         addresses: resolve(&args.to),
@@ -31,6 +33,7 @@ pub fn run(runtime: &Runtime, args: &MigrateArgs) -> Result<u8> {
         mode: args.mode,
         verify: args.verify,
         dead_after_ms: args.dead_after.as_millis() as u64,
+        link: Link::to(&args.to, args.insecure_plaintext)?,
     };
     let name = &args.name;
     let mut conversation = Conversation::ask(runtime, name, &Request::Migrate(request))?;

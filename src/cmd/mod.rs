@@ -18,11 +18,15 @@ mod rm;
 mod run;
 mod stop;
 mod terminal;
+mod trust;
 
 /// Carries out a command; the result is the exit code.
 pub fn run(command: Command) -> Result<u8> {
     if let Command::VmProcess = command {
         return crate::machine::process::main();
+    }
+    if let Command::Trust(command) = command {
+        return trust::run(command);
     }
     let runtime = Runtime::from_env()?;
     match command {
@@ -43,7 +47,7 @@ pub fn run(command: Command) -> Result<u8> {
         Command::Cancel(args) => simple(&runtime, &args, &Request::Cancel),
         Command::Resolve(args) => resolve::run(&runtime, &args),
         Command::Doctor(args) => doctor::run(&runtime, args.json),
-        Command::VmProcess => unreachable!("handled above"),
+        Command::Trust(_) | Command::VmProcess => unreachable!("handled above"),
     }
 }
 

@@ -6,13 +6,15 @@ use std::mem::MaybeUninit;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 
-use migrator::Arrived;
 use migrator::options::Timeouts;
-use migrator::transport::TcpConnection;
-use migrator::wire::preamble::Role;
+use migrator::transport::tls::{Tls, TlsConnection};
+use migrator::transport::{ConnectError, TcpConnection};
+use migrator::wire::preamble::{Preamble, Role};
+use migrator::{Arrived, MigrationId};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     recvmsg, sendmsg,
@@ -30,26 +32,84 @@ pub fn hand_over(to: &UnixStream, connection: &TcpStream, role: Role, stream: u1
     Ok(())
 }
 
-/// Takes connections from `from` until the agent closes it.
-pub fn take_over(from: UnixStream, timeouts: Timeouts) -> io::Result<mpsc::Receiver<Arrived>> {
+/// What a migration's connections must prove.
+pub struct Security {
+    /// With what.
+    pub tls: Tls,
+    /// That they belong to this migration.
+    pub id: MigrationId,
+    /// That they come from the host that offered it.
+    pub host: String,
+}
+
+/// Handshakes at once: the most connections of one migration, and a few strangers who wait for their time to be over.
+const MAX_HANDSHAKES: usize = 32;
+
+/// Takes connections from `from` until the agent closes it. With `security`, each is asked for its proof first, on a thread of its own.
+pub fn take_over(
+    from: UnixStream,
+    security: Option<Security>,
+    timeouts: Timeouts,
+) -> io::Result<mpsc::Receiver<Arrived>> {
     let (sender, receiver) = mpsc::channel();
+    let security = security.map(Arc::new);
+    let handshakes = Arc::new(AtomicUsize::new(0));
     thread::Builder::new().name("connections".into()).spawn(move || {
         loop {
-            match take_one(&from, timeouts) {
-                Ok(Some(arrived)) => {
-                    if sender.send(arrived).is_err() {
-                        return;
-                    }
-                }
+            let (role, stream, connection) = match take_one(&from, timeouts) {
+                Ok(Some(taken)) => taken,
                 Ok(None) => return,
                 Err(error) => return tracing::warn!(%error, "the agent's connections end"),
+            };
+            let Some(security) = &security else {
+                if sender.send(Arrived { role, stream, connection: Box::new(connection) }).is_err() {
+                    return;
+                }
+                continue;
+            };
+            if handshakes.fetch_add(1, Ordering::SeqCst) >= MAX_HANDSHAKES {
+                handshakes.fetch_sub(1, Ordering::SeqCst);
+                tracing::warn!("a connection was turned away: {MAX_HANDSHAKES} have not proved yet who they are");
+                continue;
+            }
+            let (security, sender, handshakes) = (security.clone(), sender.clone(), handshakes.clone());
+            let proving = thread::Builder::new().name("handshake".into()).spawn(move || {
+                match security.prove(connection, role, stream, timeouts) {
+                    // If nobody waits for it any more, it ends.
+                    Ok(connection) => drop(sender.send(Arrived { role, stream, connection: Box::new(connection) })),
+                    Err(error) => tracing::warn!("a connection was turned away: {}", migrator::report::chain(&error)),
+                }
+                handshakes.fetch_sub(1, Ordering::SeqCst);
+            });
+            if let Err(error) = proving {
+                tracing::warn!(%error, "a connection was turned away");
             }
         }
     })?;
     Ok(receiver)
 }
 
-fn take_one(from: &UnixStream, timeouts: Timeouts) -> io::Result<Option<Arrived>> {
+impl Security {
+    fn prove(
+        &self,
+        connection: TcpConnection,
+        role: Role,
+        stream: u16,
+        timeouts: Timeouts,
+    ) -> Result<TlsConnection, ConnectError> {
+        let peer = self.tls.accept(connection, &Preamble { role, stream, id: self.id }, timeouts)?;
+        let host = &peer.identity().host;
+        if *host != self.host {
+            let reason = format!("this is a migration from {}, not from {host}", self.host);
+            let peer_name = host.clone();
+            peer.refuse(&reason)?;
+            return Err(ConnectError::Protocol { peer: peer_name, reason });
+        }
+        peer.welcome()
+    }
+}
+
+fn take_one(from: &UnixStream, timeouts: Timeouts) -> io::Result<Option<(Role, u16, TcpConnection)>> {
     let mut label = [0; 3];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -61,8 +121,8 @@ fn take_one(from: &UnixStream, timeouts: Timeouts) -> io::Result<Option<Arrived>
     let Some(fd) = fd else { return Ok(None) };
     let role = [Role::Control, Role::Pages].into_iter().find(|role| *role as u8 == label[0]);
     let role = role.filter(|_| received.bytes == label.len()).ok_or(io::ErrorKind::InvalidData)?;
-    let connection = Box::new(TcpConnection::new(TcpStream::from(fd), timeouts)?);
-    Ok(Some(Arrived { role, stream: u16::from_le_bytes([label[1], label[2]]), connection }))
+    let connection = TcpConnection::new(TcpStream::from(fd), timeouts)?;
+    Ok(Some((role, u16::from_le_bytes([label[1], label[2]]), connection)))
 }
 
 #[cfg(test)]
@@ -77,7 +137,7 @@ mod tests {
         let dialled = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (accepted, _) = listener.accept().unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let arrivals = take_over(theirs, Timeouts::default()).unwrap();
+        let arrivals = take_over(theirs, None, Timeouts::default()).unwrap();
         hand_over(&ours, &accepted, Role::Pages, 3).unwrap();
         drop(accepted);
         let arrived = arrivals.recv().unwrap();

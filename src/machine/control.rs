@@ -19,8 +19,8 @@ use crate::agent::dialer;
 use crate::fault_points;
 use crate::journals::Stepped;
 
-/// The longest request.
-const MAX_REQUEST_BYTES: u64 = 64 << 10;
+/// The longest request: a migration's has certificates and revocations in it.
+const MAX_REQUEST_BYTES: u64 = 4 << 20;
 /// How long a client may be silent before its thread is let go.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two progress lines while nothing changes.
@@ -97,7 +97,7 @@ fn answer(machine: &Arc<Machine>, host: &Arc<Host>, request: Request, send: Send
 /// Starts moving the VM, in a thread of its own: whoever asked may go away.
 fn migrate(machine: &Arc<Machine>, host: &Arc<Host>, request: &MigrateRequest) -> Result<MigrationHandle> {
     let options = request.options();
-    let dialer = dialer(&request.to, options.timeouts, request.addresses.clone());
+    let dialer = dialer(&request.link, &request.to, options.timeouts, request.addresses.clone())?;
     let handle = MigrationHandle::new();
     machine.begin_migration(handle.clone(), request.to.clone(), false)?;
     let started = (|| {

@@ -10,6 +10,7 @@ use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -25,16 +26,18 @@ use vmm::devices::virtio::{Tap, Unplug};
 use vmm::host::Host;
 use vmm::sandbox::ThreadKind;
 
+use super::connections::{self, Security};
 use super::console::{Console, Log};
 use super::endpoint::Destination;
 use super::keeper::{self, Side, ToKeeper};
 use super::sandbox::{Cage, Migrations};
 use super::spec::{MachineSpec, NetSpec};
 use super::termination::Termination;
-use super::{Event, Exit, Machine, Opened, connections, control, lock};
+use super::{Event, Exit, Machine, Opened, control, lock};
 use crate::fault_points;
 use crate::journals::Stepped;
 use crate::runtime::{Runtime, VmDir, VmLock};
+use crate::trust::Link;
 
 /// What a VM process is started with.
 #[derive(Debug, Serialize, Deserialize)]
@@ -58,6 +61,10 @@ pub struct Arrival {
     pub connections: i32,
     /// How long a silent source counts as alive.
     pub dead_after: Duration,
+    /// What its connections are secured with.
+    pub link: Link,
+    /// From where the VM may read its kernel and initrd when it reboots here.
+    pub boot_folders: Vec<PathBuf>,
 }
 
 /// What it answers.
@@ -172,7 +179,10 @@ fn live(
     let control = UnixListener::bind(dir.control_socket()).context("the control socket cannot be made")?;
     let console_socket = UnixListener::bind(dir.console_socket()).context("the console's socket cannot be made")?;
     let log = Log::open(&dir.console_log()).context("the console's log cannot be written")?;
-    let boot = spec.boot.open();
+    let boot = match &arrival {
+        Some(arrival) => spec.boot.check_within(&arrival.boot_folders).and_then(|()| spec.boot.open()),
+        None => spec.boot.open(),
+    };
     let incoming = arrival.as_ref().map(|arrival| {
         let journal = runtime.journals.incoming(arrival.offer.id)?;
         FileJournal::open(&journal).context("the migration's journal cannot be kept")
@@ -242,17 +252,19 @@ fn receive(
     mut journal: FileJournal,
     keeper: &ToKeeper,
 ) -> Result<()> {
-    let Arrival { offer, from, connections: _, dead_after } = arrival;
+    let Arrival { offer, from, connections: _, dead_after, link, boot_folders: _ } = arrival;
     let timeouts = Timeouts::with_dead_after(dead_after);
     let no_more = handed_over.try_clone()?;
-    let connections = connections::take_over(handed_over, timeouts).context("connections cannot be taken over")?;
+    let security = link.tls()?.map(|tls| Security { tls, id: offer.id, host: from.clone() });
+    let connections =
+        connections::take_over(handed_over, security, timeouts).context("connections cannot be taken over")?;
     let handle = MigrationHandle::new();
-    machine.begin_migration(handle.clone(), from, true)?;
+    machine.begin_migration(handle.clone(), from.clone(), true)?;
     fault_points::about(offer.id, &machine.spec.name);
     keeper.answer(Started::Ready);
     let mut destination = Destination::new(machine.clone(), host.clone());
     let incoming = Incoming { offer, connections };
-    let options = ReceiveOptions { timeouts, ..ReceiveOptions::default() };
+    let options = ReceiveOptions { from, timeouts, ..ReceiveOptions::default() };
     let result = migrator::receive(&mut destination, incoming, &mut Stepped(&mut journal), &options, &handle);
     machine.end_migration(None);
     // The agent sees that it need not keep its end.

@@ -159,6 +159,22 @@ impl BootSpec {
         self.kernel.as_ref().map_or_else(|| "the built-in guest".into(), |path| path.display().to_string())
     }
 
+    /// Whether every file that it needs lies in one of `folders`, symbolic links followed. For a VM whose owner may name files, but
+    /// is not this host's.
+    pub fn check_within(&self, folders: &[PathBuf]) -> Result<()> {
+        for path in self.kernel.iter().chain(&self.initrd) {
+            let real = path.canonicalize().with_context(|| format!("cannot read {}", path.display()))?;
+            let within = |folder: &PathBuf| folder.canonicalize().is_ok_and(|folder| real.starts_with(folder));
+            ensure!(
+                folders.iter().any(within),
+                "the VM came from another host, and this one's policy does not let it read {}: to allow it, add the file's folder to \
+                 \"boot_files\" in policy.json, before the VM comes",
+                path.display()
+            );
+        }
+        Ok(())
+    }
+
     /// Opens the files.
     pub fn open(&self) -> Result<OpenBoot> {
         let open = |what, path: &PathBuf| {

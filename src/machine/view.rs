@@ -14,6 +14,7 @@ use super::{Exit, Machine, State, lock, unix_seconds};
 use crate::agent::with_port;
 use crate::journals::unix_ms;
 use crate::runtime::VmDir;
+use crate::trust::Link;
 
 /// What a client asks.
 #[derive(Debug, Serialize, Deserialize)]
@@ -62,6 +63,8 @@ pub struct MigrateRequest {
     pub verify: bool,
     /// How long a silent destination counts as alive, in milliseconds.
     pub dead_after_ms: u64,
+    /// What its connections are secured with.
+    pub link: Link,
 }
 
 /// How memory moves.

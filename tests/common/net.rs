@@ -153,7 +153,7 @@ impl Host {
     /// The program on this host.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = self.ns.command(program());
-        command.args(arguments).env("MICROVM_RUNTIME_DIR", self.runtime());
+        command.args(arguments).env("MICROVM_RUNTIME_DIR", self.runtime()).env("MICROVM_CONFIG_DIR", self.config());
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
         command
     }
@@ -176,10 +176,20 @@ impl Host {
         &self.runtime.0
     }
 
+    /// Its configuration folder.
+    pub fn config(&self) -> PathBuf {
+        self.runtime().join("config")
+    }
+
+    /// Forgets the fleet: from now on it can do without encryption only.
+    pub fn leave_fleet(&self) {
+        fs::remove_dir_all(self.config()).unwrap();
+    }
+
     /// Starts the agent on the host's address, and waits until it listens.
     pub fn start_agent(&mut self, more: &str) {
         let listen = format!("{}:7437", self.ip);
-        let mut arguments = vec!["agent", "--insecure-plaintext", "--listen", &listen];
+        let mut arguments = vec!["agent", "--listen", &listen];
         arguments.extend(more.split_whitespace());
         let mut command = self.command(&arguments);
         command.stdin(Stdio::null());
@@ -319,8 +329,20 @@ pub struct Net {
 static NETS: AtomicU32 = AtomicU32::new(0);
 
 impl Net {
-    /// Hosts without agents.
+    /// Hosts of one fleet, without agents.
     pub fn new() -> Self {
+        let net = Net::of_strangers();
+        net.a.microvm("trust init --name test --host host1 --address 10.77.0.1").ok();
+        let bundle = net.a.runtime().join("host2.pem");
+        let path = bundle.display();
+        net.a.microvm(&format!("trust issue host2 --address 10.77.0.2 --out {path}")).ok();
+        net.b.microvm(&format!("trust import {path}")).ok();
+        fs::remove_file(bundle).unwrap();
+        net
+    }
+
+    /// Hosts that have nothing in common but a network, without agents.
+    pub fn of_strangers() -> Self {
         clean_up();
         let base = format!("{PREFIX}-{}-{}", std::process::id(), NETS.fetch_add(1, Ordering::Relaxed));
         let namespace = |part: &str| Namespace::new(format!("{base}-{part}"));

@@ -125,7 +125,7 @@ pub fn receive(
         began: Instant::now(),
         memory: None,
         control: None,
-        peer: String::new(),
+        peer: options.from.clone(),
         waiting_pages: Vec::new(),
         receivers: Vec::new(),
         streams: Vec::new(),
@@ -156,7 +156,7 @@ struct Driver<'a> {
     began: Instant,
     memory: Option<Arc<dyn GuestPages>>,
     control: Option<Control>,
-    /// The source, once it has connected.
+    /// The source, for the journal: as the options call it, or else once it has connected.
     peer: String,
     /// Page connections that came before there was memory.
     waiting_pages: Vec<(u16, Box<dyn Connection>)>,
@@ -221,7 +221,10 @@ impl Driver<'_> {
             match queue.recv_timeout(wait) {
                 Ok(Input::Event(event)) => self.feed(event),
                 Ok(Input::Control(control, peer)) => {
-                    (self.control, self.peer) = (Some(control), peer);
+                    self.control = Some(control);
+                    if self.peer.is_empty() {
+                        self.peer = peer;
+                    }
                     self.connected_if_all();
                 }
                 Ok(Input::Pages(stream, connection)) => {

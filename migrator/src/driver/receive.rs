@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 
 use super::guarded;
+use super::send::pieces;
 use crate::layout::PageRun;
 use crate::pages::{FRAME_BYTES, Marker, PageFrame};
 use crate::traits::{Closer, Connection, ConnectionReader, GuestPages, Split};
@@ -112,10 +113,10 @@ fn copy_pages(
     reader: &mut dyn Read,
     buffer: &mut Vec<u8>,
 ) -> io::Result<()> {
-    for run in runs {
+    for run in runs.iter().flat_map(|run| pieces(*run)) {
         buffer.resize(run.bytes() as usize, 0);
         reader.read_exact(buffer)?;
-        memory.write(*run, buffer)?;
+        memory.write(run, buffer)?;
     }
     reader.read_exact(tail)
 }

@@ -1,11 +1,11 @@
 //! Questions to a host's agent: "will you take this VM?", "what became of migration ID?".
 
-use std::io::{self, Write};
-use std::time::Duration;
+use std::io::{self, Read};
+use std::time::{Duration, Instant};
 
 use super::control::read_message;
 use crate::id::MigrationId;
-use crate::traits::{Connection, Dialer, Refusal, Split};
+use crate::traits::{Connection, ConnectionReader, Dialer, Refusal, Split};
 use crate::transport::{ConnectError, is_timeout};
 use crate::wire::preamble::{Preamble, Role};
 use crate::wire::{Message, encode};
@@ -18,11 +18,12 @@ pub trait Requests {
     fn offer(&mut self, offer: Offer) -> Result<(), Refusal>;
 
     /// What became of an attempt: [`crate::handoff::answer`] over the journal of that id. If that finds no trace, the
-    /// agent first writes a tombstone ([`crate::handoff::Step::GaveUp`]) and then answers [`AskAnswer::GaveUp`].
-    fn ask(&mut self, id: MigrationId) -> AskAnswer;
+    /// agent first writes a tombstone ([`crate::handoff::Step::GaveUp`]) and then answers [`AskAnswer::GaveUp`]. Refused, and nothing
+    /// is written, if the attempt is not the peer's own.
+    fn ask(&mut self, id: MigrationId) -> Result<AskAnswer, Refusal>;
 }
 
-/// Answers the requests of one connection until the peer ends it, or is silent for `limit`.
+/// Answers the requests of one connection until the peer ends it, or has not sent a whole one within `limit`.
 pub fn serve(
     connection: Box<dyn Connection>,
     limit: Duration,
@@ -30,12 +31,15 @@ pub fn serve(
 ) -> Result<(), ConnectError> {
     let mut line = Line::new(connection, limit)?;
     loop {
-        let answer = match read_message(&mut *line.split.reader) {
+        let answer = match line.receive() {
             Ok(Message::Offer(offer)) => match requests.offer(offer) {
                 Ok(()) => Message::Accepted,
                 Err(refusal) => Message::Refused(refusal),
             },
-            Ok(Message::Ask(id)) => Message::Answer(requests.ask(id)),
+            Ok(Message::Ask(id)) => match requests.ask(id) {
+                Ok(answer) => Message::Answer(answer),
+                Err(refusal) => Message::Refused(refusal),
+            },
             Ok(other) => return Err(line.protocol(&other)),
             // The peer has what it wanted.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof || is_timeout(&error) => return Ok(()),
@@ -60,6 +64,7 @@ pub fn ask(dial: &dyn Dialer, id: MigrationId, limit: Duration) -> Result<AskAns
     let mut line = Line::dial(dial, id, limit)?;
     match line.ask(&Message::Ask(id))? {
         Message::Answer(answer) => Ok(answer),
+        Message::Refused(refusal) => Err(ConnectError::Refused { peer: dial.peer(), reason: refusal.to_string() }),
         other => Err(line.protocol(&other)),
     }
 }
@@ -80,7 +85,6 @@ impl Line {
         let peer = connection.peer();
         let set_up = || {
             let split = connection.split()?;
-            split.reader.set_timeout(Some(limit))?;
             split.writer.set_timeout(Some(limit))?;
             Ok(split)
         };
@@ -92,7 +96,12 @@ impl Line {
 
     fn ask(&mut self, question: &Message) -> Result<Message, ConnectError> {
         self.send(question)?;
-        read_message(&mut *self.split.reader).map_err(|error| self.broken(error))
+        self.receive().map_err(|error| self.broken(error))
+    }
+
+    /// One message, whole within the limit, however little of it comes at once.
+    fn receive(&mut self) -> io::Result<Message> {
+        read_message(&mut Until { reader: &mut *self.split.reader, until: Instant::now() + self.limit })
     }
 
     fn send(&mut self, message: &Message) -> Result<(), ConnectError> {
@@ -111,5 +120,22 @@ impl Line {
     fn protocol(&self, message: &Message) -> ConnectError {
         let reason = format!("{} was not to be said here", message.kind().name());
         ConnectError::Protocol { peer: self.peer.clone(), reason }
+    }
+}
+
+/// A reader that must be done with everything by a certain time.
+struct Until<'a> {
+    reader: &'a mut dyn ConnectionReader,
+    until: Instant,
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.reader.set_timeout(Some(left))?;
+        self.reader.read(bytes)
     }
 }

@@ -13,7 +13,7 @@ pub use frame::{Header, decode, encode};
 pub use message::Message;
 
 /// The protocol that this crate speaks.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// The port that an agent listens on.
 pub const DEFAULT_PORT: u16 = 7437;
 /// The most page streams of one migration.

@@ -1,4 +1,5 @@
-//! The first bytes of every connection, in clear text also where TLS follows: nothing in them is secret.
+//! The first bytes of every connection, in clear text also where TLS follows: nothing in them is secret. Inside TLS they are
+//! said once more, so that nobody between the hosts can make one connection into another.
 //!
 //! Both directions have the same frame (magic, length, version, then what that version says), so that any version can
 //! be told apart from any other and from what is no microvm at all, before it is understood.
@@ -15,6 +16,8 @@ pub const HEAD_BYTES: usize = 10;
 /// The most bytes after the head.
 pub const MAX_BODY_BYTES: usize = 1024;
 
+/// Flag of a preamble: TLS follows.
+const TLS: u8 = 1;
 const PREAMBLE: &str = "preamble";
 const WELCOME: &str = "preamble answer";
 
@@ -88,17 +91,17 @@ fn version(fields: &mut Fields<'_>) -> Result<(), WireError> {
 }
 
 impl Preamble {
-    /// The bytes, head included.
-    pub fn encode(&self) -> Vec<u8> {
+    /// The bytes, head included. `tls`: whether TLS follows them.
+    pub fn encode(&self, tls: bool) -> Vec<u8> {
         let mut body = VERSION.to_le_bytes().to_vec();
-        body.extend([self.role as u8, 0]);
+        body.extend([self.role as u8, if tls { TLS } else { 0 }]);
         body.extend(self.stream.to_le_bytes());
         body.extend(self.id.0);
         frame(&body)
     }
 
-    /// From the bytes after the head.
-    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+    /// From the bytes after the head; and whether TLS follows.
+    pub fn decode(body: &[u8]) -> Result<(Self, bool), WireError> {
         let mut fields = Fields::new(PREAMBLE, body);
         version(&mut fields)?;
         let role = match fields.u8()? {
@@ -107,9 +110,9 @@ impl Preamble {
             3 => Role::Pages,
             other => return Err(fields.value("role", other.into())),
         };
-        let reserved = fields.u8()?;
-        if reserved != 0 {
-            return Err(fields.value("reserved", reserved.into()));
+        let flags = fields.u8()?;
+        if flags & !TLS != 0 {
+            return Err(fields.value("flags", flags.into()));
         }
         let stream = fields.u16()?;
         if stream >= MAX_STREAMS || role != Role::Pages && stream != 0 {
@@ -117,7 +120,7 @@ impl Preamble {
         }
         let id = MigrationId(fields.array()?);
         fields.end()?;
-        Ok(Self { role, stream, id })
+        Ok((Self { role, stream, id }, flags == TLS))
     }
 }
 
@@ -161,7 +164,8 @@ mod tests {
     #[test]
     fn golden() {
         let preamble = Preamble { role: Role::Pages, stream: 3, id: MigrationId(std::array::from_fn(|n| n as u8)) };
-        crate::golden::check("preamble", &preamble.encode());
+        crate::golden::check("preamble", &preamble.encode(false));
+        crate::golden::check("preamble-tls", &preamble.encode(true));
         crate::golden::check("preamble-answer-accepted", &Welcome::Accepted.encode());
         crate::golden::check("preamble-answer-refused", &Welcome::Refused("unknown migration".into()).encode());
     }
@@ -169,13 +173,13 @@ mod tests {
     proptest! {
         #[test]
         fn round_trip(role in prop::sample::select(vec![Role::Request, Role::Control, Role::Pages]), stream in 0..MAX_STREAMS,
-                      id in any::<[u8; 16]>(), reason in ".{0,2000}") {
+                      tls: bool, id in any::<[u8; 16]>(), reason in ".{0,2000}") {
             let stream = if role == Role::Pages { stream } else { 0 };
             let preamble = Preamble { role, stream, id: MigrationId(id) };
-            let bytes = preamble.encode();
+            let bytes = preamble.encode(tls);
             let (length, body) = split(&bytes);
             prop_assert_eq!(length, body.len());
-            prop_assert_eq!(Preamble::decode(body), Ok(preamble));
+            prop_assert_eq!(Preamble::decode(body), Ok((preamble, tls)));
             for cut in 0..body.len() { prop_assert!(Preamble::decode(&body[..cut]).is_err()); }
             let bytes = Welcome::Refused(reason.clone()).encode();
             let (length, body) = split(&bytes);
@@ -191,21 +195,37 @@ mod tests {
         }
     }
 
+    /// What version 1 said, as its golden file had it, and how it is told that this is another version.
+    #[test]
+    fn version_1_is_told_apart() {
+        let sent = b"MICROVM\n\x16\0\x01\0\x03\0\x03\0\0\x01\x02\x03\x04\x05\x06\x07\x08\x09\x0a\x0b\x0c\x0d\x0e\x0f";
+        let golden = include_str!("../../tests/golden/v1/preamble.hex");
+        let bytes: Vec<u8> = golden.split_whitespace().map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
+        assert_eq!(bytes, sent);
+        let error = Preamble::decode(&bytes[HEAD_BYTES..]).unwrap_err();
+        assert_eq!(error, WireError::Version { theirs: 1 });
+        assert!(error.to_string().contains("version 1") && error.to_string().contains("version 2"), "{error}");
+        // Its answer to us has the frame that all versions have.
+        assert_eq!(Welcome::decode(&[1, 0, 1, 0, b'n', b'o']), Err(WireError::Version { theirs: 1 }));
+    }
+
     #[test]
     fn hostile_fields() {
-        let good = Preamble { role: Role::Control, stream: 0, id: MigrationId([1; 16]) }.encode();
+        let good = Preamble { role: Role::Control, stream: 0, id: MigrationId([1; 16]) }.encode(false);
         let body = &good[HEAD_BYTES..];
         let with = |at: usize, value: u8| {
             let mut bytes = body.to_vec();
             bytes[at] = value;
             Preamble::decode(&bytes)
         };
-        assert_eq!(with(0, 2), Err(WireError::Version { theirs: 2 }));
-        assert_eq!(with(1, 1), Err(WireError::Version { theirs: 257 }));
+        assert_eq!(with(0, 3), Err(WireError::Version { theirs: 3 }));
+        assert_eq!(with(1, 1), Err(WireError::Version { theirs: 258 }));
         for role in [0, 4, 255] {
             assert!(matches!(with(2, role), Err(WireError::Value { field: "role", .. })));
         }
-        assert!(matches!(with(3, 1), Err(WireError::Value { field: "reserved", .. })));
+        for flags in [2, 3, 0x80, 255] {
+            assert!(matches!(with(3, flags), Err(WireError::Value { field: "flags", .. })));
+        }
         assert!(matches!(with(4, 1), Err(WireError::Value { field: "stream", .. })));
         assert!(matches!(with(5, 255), Err(WireError::Value { field: "stream", .. })));
         assert!(matches!(Preamble::decode(&[body, &[0]].concat()), Err(WireError::Trailing(..))));
@@ -214,7 +234,7 @@ mod tests {
         assert!(matches!(body_length(&head), Err(WireError::TooLong { .. })));
         assert_eq!(body_length(b"HTTP/1.1 4"), Err(WireError::Magic));
         assert_eq!(Welcome::decode(&[9, 0, 0, 0]), Err(WireError::Version { theirs: 9 }));
-        assert!(Welcome::decode(&[1, 0, 2, 0]).is_err() && Welcome::decode(&[1, 0, 0, 0, 0]).is_err());
-        assert!(Welcome::decode(&[1, 0, 1, 0, 0xff]).is_err(), "not UTF-8");
+        assert!(Welcome::decode(&[2, 0, 2, 0]).is_err() && Welcome::decode(&[2, 0, 0, 0, 0]).is_err());
+        assert!(Welcome::decode(&[2, 0, 1, 0, 0xff]).is_err(), "not UTF-8");
     }
 }

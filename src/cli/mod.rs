@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+pub mod trust;
+
 use crate::machine::view::Mode;
 use crate::units::{parse_dead_after, parse_duration, parse_rate, parse_size};
 
@@ -100,6 +102,16 @@ pub enum Command {
     /// --discard lets go of the VM here. If the destination does not have it, it is lost.
     #[command(verbatim_doc_comment)]
     Resolve(ResolveArgs),
+    /// Set up who may talk to whom: a fleet's own small CA, and hosts' certificates
+    ///
+    /// Three commands for two hosts (docs/trust.md):
+    ///   host1$ microvm trust init
+    ///   host1$ microvm trust issue host2 | ssh host2 microvm trust import -
+    ///   host2$ microvm agent --listen 0.0.0.0:7437
+    ///
+    /// Files are kept under $MICROVM_CONFIG_DIR (default: /etc/microvm, or ~/.config/microvm without root), in trust/.
+    #[command(subcommand, verbatim_doc_comment)]
+    Trust(trust::TrustCommand),
     /// Tell what this host can do, and what is missing
     Doctor(JsonArgs),
     /// The process of one VM; started by `run` and `agent`.
@@ -179,6 +191,9 @@ pub struct MigrateArgs {
     /// Return as soon as it has begun; `microvm inspect` shows how far it is
     #[arg(long)]
     pub detach: bool,
+    /// Neither encrypt nor prove anything to anybody: whoever is on the way can read and change the VM
+    #[arg(long)]
+    pub insecure_plaintext: bool,
     /// Print the report as one JSON object
     #[arg(long)]
     pub json: bool,
@@ -190,7 +205,7 @@ pub struct AgentArgs {
     /// Address to listen on
     #[arg(long, default_value_t = SocketAddr::from(([127, 0, 0, 1], DEFAULT_PORT)), value_name = "ADDR:PORT")]
     pub listen: SocketAddr,
-    /// Listen on an address that is not loopback although nothing is encrypted and nobody is authenticated
+    /// Take connections in clear text, from anybody
     ///
     /// Whoever reaches the port can read and replace guests' memory, and start VMs here: only for a network that is yours alone.
     #[arg(long)]
@@ -201,6 +216,9 @@ pub struct AgentArgs {
     /// Put VMs that were on a bridge elsewhere on this bridge here
     #[arg(long, value_name = "NAME")]
     pub bridge: Option<String>,
+    /// What peers may make this host do (docs/trust.md); default: policy.json in $MICROVM_CONFIG_DIR, if it is there
+    #[arg(long, value_name = "FILE")]
+    pub policy: Option<PathBuf>,
     /// What holds the processes of VMs that come.
     #[command(flatten)]
     pub cage: CageArgs,

@@ -1,20 +1,23 @@
-//! TCP: dialling, accepting, and what can go wrong before the peers understand each other.
+//! Connections between hosts: TCP, TLS on it, and what can go wrong before the peers understand each other.
 //!
 //! A preamble is read to its last byte and not one further, because what follows may be for another process (an agent
 //! hands the socket over) or for another layer (TLS).
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
 
 use crate::options::Timeouts;
-use crate::traits::{Closer, Connection, ConnectionReader, ConnectionWriter, Dialer, Split};
-use crate::wire::WireError;
 use crate::wire::preamble::{HEAD_BYTES, MAGIC, Preamble, Welcome, body_length};
+use crate::wire::{VERSION, WireError};
+
+mod tcp;
+pub mod tls;
+
+pub use tcp::{TcpConnection, TcpDialer};
+use tls::Flaw;
 
 /// Why there is no connection to a microvm peer.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +73,30 @@ pub enum ConnectError {
         /// Its sentence.
         reason: String,
     },
+    /// The peer speaks another version of the protocol.
+    #[error("{peer} speaks version {theirs} of the migration protocol, this host version {VERSION}")]
+    Version {
+        /// Who.
+        peer: String,
+        /// Its version.
+        theirs: u16,
+    },
+    /// The peer's certificate is not good.
+    #[error("{peer} is not trusted: its certificate {flaw}")]
+    Untrusted {
+        /// Who.
+        peer: String,
+        /// What is wrong with it.
+        flaw: Flaw,
+    },
+    /// This host's certificate is not good enough for the peer.
+    #[error("{peer} does not trust this host: its certificate {flaw}")]
+    NotTrusted {
+        /// Who.
+        peer: String,
+        /// What the peer does not like.
+        flaw: Flaw,
+    },
     /// The peer's bytes make no sense.
     #[error("{peer} broke the protocol: {reason}")]
     Protocol {
@@ -90,60 +117,11 @@ impl ConnectError {
                 "check the port: the agent listens on 7437 unless told otherwise".into()
             }
             Self::Broken { .. } | Self::Protocol { .. } => "look at the log of the destination's agent".into(),
-            Self::Refused { .. } => "run the same version of microvm on both hosts, and migrate again".into(),
-        }
-    }
-}
-
-/// Dials one destination over TCP.
-#[derive(Clone, Debug)]
-pub struct TcpDialer {
-    peer: String,
-    timeouts: Timeouts,
-    addresses: Option<Result<Vec<SocketAddr>, String>>,
-}
-
-impl TcpDialer {
-    /// For `host:port`.
-    pub fn new(peer: impl Into<String>, timeouts: Timeouts) -> Self {
-        Self { peer: peer.into(), timeouts, addresses: None }
-    }
-
-    /// Takes these addresses (or, instead of them, why there are none) and never looks the name up: for a process that cannot.
-    pub fn with_addresses(self, addresses: Result<Vec<SocketAddr>, String>) -> Self {
-        Self { addresses: Some(addresses), ..self }
-    }
-
-    fn connect(&self) -> Result<TcpStream, ConnectError> {
-        let peer = || self.peer.clone();
-        let addresses = match &self.addresses {
-            Some(known) => known.clone().map_err(io::Error::other),
-            None => self.peer.to_socket_addrs().map(Iterator::collect),
-        };
-        let addresses = addresses.map_err(|source| ConnectError::Resolve { peer: peer(), source })?;
-        let mut failure = io::Error::new(io::ErrorKind::NotFound, "the name has no addresses");
-        for address in addresses {
-            match TcpStream::connect_timeout(&address, self.timeouts.connect) {
-                Ok(stream) => return Ok(stream),
-                Err(error) => failure = error,
-            }
-        }
-        Err(ConnectError::Tcp { peer: peer(), source: failure })
-    }
-}
-
-impl Dialer for TcpDialer {
-    fn peer(&self) -> String {
-        self.peer.clone()
-    }
-
-    fn dial(&self, preamble: &Preamble) -> Result<Box<dyn Connection>, ConnectError> {
-        let greeting = Greeting::new(self.connect()?, self.peer.clone(), self.timeouts)?;
-        greeting.send(&preamble.encode())?;
-        match Welcome::decode(&greeting.receive()?) {
-            Ok(Welcome::Accepted) => Ok(Box::new(TcpConnection { stream: greeting.stream, peer: greeting.peer })),
-            Ok(Welcome::Refused(reason)) => Err(ConnectError::Refused { peer: greeting.peer, reason }),
-            Err(error) => Err(greeting.confused(error)),
+            Self::Version { .. } => "run the same version of microvm on both hosts, and migrate again".into(),
+            // Whoever refuses says what to do in the same sentence.
+            Self::Refused { .. } => String::new(),
+            Self::Untrusted { peer, flaw } => flaw.hint(peer),
+            Self::NotTrusted { flaw, .. } => flaw.hint("this host"),
         }
     }
 }
@@ -156,17 +134,40 @@ pub struct Accepted {
     greeting: Greeting,
 }
 
-/// Reads the preamble of a connection that came in. Whoever speaks another version of the protocol is told so.
+/// Reads the preamble of a connection that came in in clear text. Whoever speaks another version of the protocol, or wants TLS,
+/// is told so.
 pub fn accept(stream: TcpStream, timeouts: Timeouts) -> Result<Accepted, ConnectError> {
+    accept_if(stream, timeouts, false)
+}
+
+/// Likewise where TLS must follow ([`tls::Tls::accept`], after `welcome`). Whoever wants to go on in clear text is told so.
+pub fn accept_tls(stream: TcpStream, timeouts: Timeouts) -> Result<Accepted, ConnectError> {
+    accept_if(stream, timeouts, true)
+}
+
+fn accept_if(stream: TcpStream, timeouts: Timeouts, must: bool) -> Result<Accepted, ConnectError> {
     let peer = stream.peer_addr().map_or_else(|_| "a peer".into(), |address| address.to_string());
     let greeting = Greeting::new(stream, peer, timeouts)?;
-    match Preamble::decode(&greeting.receive()?) {
-        Ok(preamble) => Ok(Accepted { preamble, greeting }),
+    let refused = match Preamble::decode(&greeting.receive()?) {
+        Ok((preamble, tls)) if tls == must => return Ok(Accepted { preamble, greeting }),
+        Ok((_, true)) => {
+            "this host takes connections in clear text only: it has no certificate (set up trust there, with \
+                          microvm trust), or its agent was started with --insecure-plaintext"
+                .into()
+        }
+        Ok((_, false)) => {
+            "this host takes encrypted connections only: join its fleet (microvm trust issue on the CA's host, microvm \
+                           trust import on yours), and leave --insecure-plaintext away"
+                .into()
+        }
         Err(error) => {
             let _ = greeting.send(&Welcome::Refused(error.to_string()).encode());
-            Err(greeting.confused(error))
+            return Err(greeting.confused(error));
         }
-    }
+    };
+    let _ = greeting.send(&Welcome::Refused(refused).encode());
+    let reason = if must { "it does not encrypt" } else { "it wants to encrypt" };
+    Err(ConnectError::Protocol { peer: greeting.peer, reason: reason.into() })
 }
 
 impl Accepted {
@@ -178,7 +179,7 @@ impl Accepted {
     /// Lets it go on.
     pub fn welcome(self) -> Result<TcpConnection, ConnectError> {
         self.greeting.send(&Welcome::Accepted.encode())?;
-        Ok(TcpConnection { stream: self.greeting.stream, peer: self.greeting.peer })
+        Ok(TcpConnection::after(self.greeting))
     }
 
     /// Ends it, for this reason.
@@ -256,7 +257,12 @@ impl Greeting {
         let count = (&self.stream).read(&mut more).unwrap_or(0);
         let bytes = [start, &more[..count]].concat();
         let line = bytes.split(|byte| matches!(byte, b'\r' | b'\n')).next().unwrap_or_default();
-        ConnectError::NotMicrovm { peer: self.peer.clone(), got: String::from_utf8_lossy(line).into_owned() }
+        let got = match bytes.as_slice() {
+            // RFC 8446, section 5.1: a handshake record.
+            [22, 3, ..] => "a TLS handshake, without a preamble".into(),
+            _ => String::from_utf8_lossy(line).into_owned(),
+        };
+        ConnectError::NotMicrovm { peer: self.peer.clone(), got }
     }
 
     fn broken(&self, source: io::Error) -> ConnectError {
@@ -270,7 +276,7 @@ impl Greeting {
     fn confused(&self, error: WireError) -> ConnectError {
         let (peer, reason) = (self.peer.clone(), error.to_string());
         match error {
-            WireError::Version { .. } => ConnectError::Refused { peer, reason },
+            WireError::Version { theirs } => ConnectError::Version { peer, theirs },
             _ => ConnectError::Protocol { peer, reason },
         }
     }
@@ -290,88 +296,4 @@ fn set_up(stream: &TcpStream, timeouts: Timeouts) -> io::Result<()> {
 /// Whether a blocking call gave up for want of time.
 pub(crate) fn is_timeout(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
-}
-
-/// A TCP connection after its preamble.
-#[derive(Debug)]
-pub struct TcpConnection {
-    stream: TcpStream,
-    peer: String,
-}
-
-impl TcpConnection {
-    /// From a socket whose preamble was exchanged elsewhere (by the agent that handed it over).
-    pub fn new(stream: TcpStream, timeouts: Timeouts) -> io::Result<Self> {
-        set_up(&stream, timeouts)?;
-        let peer = stream.peer_addr()?.to_string();
-        Ok(Self { stream, peer })
-    }
-
-    /// The socket, to hand it over. Nothing beyond the preamble has been read from it.
-    pub fn into_stream(self) -> TcpStream {
-        self.stream
-    }
-}
-
-impl Connection for TcpConnection {
-    fn peer(&self) -> String {
-        self.peer.clone()
-    }
-
-    fn split(self: Box<Self>) -> io::Result<Split> {
-        Ok(Split {
-            reader: Box::new(TcpHalf(self.stream.try_clone()?)),
-            writer: Box::new(TcpHalf(self.stream.try_clone()?)),
-            closer: Arc::new(TcpHalf(self.stream)),
-        })
-    }
-}
-
-struct TcpHalf(TcpStream);
-
-impl Read for TcpHalf {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        self.0.read(bytes)
-    }
-}
-
-impl Write for TcpHalf {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl ConnectionReader for TcpHalf {
-    fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        self.0.set_read_timeout(timeout)
-    }
-
-    fn socket(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.0.as_fd())
-    }
-}
-
-impl ConnectionWriter for TcpHalf {
-    fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        self.0.set_write_timeout(timeout)
-    }
-
-    fn socket(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.0.as_fd())
-    }
-
-    fn finish(&self) -> io::Result<()> {
-        self.0.shutdown(Shutdown::Write)
-    }
-}
-
-impl Closer for TcpHalf {
-    fn close(&self) {
-        // It may be closed already, from either end.
-        let _ = self.0.shutdown(Shutdown::Both);
-    }
 }
