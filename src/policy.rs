@@ -57,12 +57,15 @@ struct Limits {
     cpus_per_vm: Option<u8>,
     vms: Option<usize>,
     incoming: Option<usize>,
+    incoming_per_peer: Option<usize>,
 }
 
 /// Default for `limits.vms`.
 const VMS: usize = 256;
 /// Default for `limits.incoming`.
 const INCOMING: usize = 16;
+/// Default for `limits.incoming_per_peer`: one peer alone does not keep the others out.
+const INCOMING_PER_PEER: usize = 8;
 
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(try_from = "String")]
@@ -98,6 +101,8 @@ pub struct Load {
     pub memory_bytes: u64,
     /// Of them, those that are on their way here.
     pub incoming: usize,
+    /// Of these, those that come from the peer in question.
+    pub incoming_from_peer: usize,
 }
 
 impl Policy {
@@ -157,7 +162,14 @@ impl Policy {
         if load.memory_bytes.saturating_add(spec.memory_bytes) > of_all {
             return Err(too_much(of_all.saturating_sub(load.memory_bytes), "what is left for VMs", "memory"));
         }
+        let of_one_peer = limits.incoming_per_peer.unwrap_or(INCOMING_PER_PEER);
         let counts = [
+            (
+                Some(of_one_peer),
+                load.incoming_from_peer + 1,
+                "VMs on their way here from one host",
+                "incoming_per_peer",
+            ),
             (limits.cpus_per_vm.map(usize::from), usize::from(spec.cpus), "vCPUs of one VM", "cpus_per_vm"),
             (Some(limits.vms.unwrap_or(VMS)), load.vms + 1, "VMs on this host", "vms"),
             (Some(limits.incoming.unwrap_or(INCOMING)), load.incoming + 1, "VMs on their way here", "incoming"),

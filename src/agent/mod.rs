@@ -23,6 +23,7 @@ use migrator::wire::preamble::{Preamble, Role};
 
 mod gate;
 mod peers;
+pub mod pull;
 mod requests;
 
 use crate::cli::{AgentArgs, DEFAULT_PORT};
@@ -54,6 +55,13 @@ const LINGER: Duration = Duration::from_secs(10);
 /// Between two looks at the VM that `receive` waits for.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
+/// A migration that was accepted.
+struct Arriving {
+    receiver: UnixStream,
+    /// Which host offered it; in clear text, which address.
+    from: String,
+}
+
 /// What its threads share.
 struct Agent {
     runtime: Runtime,
@@ -61,7 +69,7 @@ struct Agent {
     cage: Cage,
     timeouts: Timeouts,
     /// Where connections of a migration go: to the process that receives it.
-    arrivals: Mutex<HashMap<MigrationId, UnixStream>>,
+    arrivals: Mutex<HashMap<MigrationId, Arriving>>,
     /// Told of each VM that is on its way.
     accepted: Sender<VmDir>,
     gate: Arc<Gate>,
@@ -237,7 +245,7 @@ fn serve(agent: &Agent, stream: TcpStream) -> Result<()> {
         Role::Control | Role::Pages => {
             let receiver = {
                 let arrivals = agent.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
-                arrivals.get(&preamble.id).map(UnixStream::try_clone).transpose()?
+                arrivals.get(&preamble.id).map(|arriving| arriving.receiver.try_clone()).transpose()?
             };
             let Some(receiver) = receiver else {
                 accepted.refuse("there is no such migration here (any more)")?;

@@ -7,15 +7,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use migrator::MigrationId;
-use migrator::driver::request::{AskAnswer, Offer, Requests};
+use migrator::driver::request::{AskAnswer, Offer, Pull, Pulling, Requests};
 use migrator::handoff::{self, Answer, HandoffRecord};
 use migrator::journal::{FileJournal, JournalError};
 use migrator::traits::{Durability, Journal, Refusal};
 use migrator::transport::tls::Identity;
+use migrator::{MigrationId, Report};
 use rustix::net::RecvFlags;
 
-use super::Agent;
+use super::{Agent, Arriving, pull};
 use crate::fault_points;
 use crate::machine::endpoint::SourceFacts;
 use crate::machine::process::{Arrival, Start};
@@ -36,8 +36,8 @@ fn is_closed(receiver: &UnixStream) -> bool {
 
 impl Agent {
     /// What this host has.
-    fn load(&self) -> Result<Load> {
-        let mut load = Load { vms: 0, memory_bytes: 0, incoming: 0 };
+    fn load(&self, peer: &str) -> Result<Load> {
+        let mut load = Load { vms: 0, memory_bytes: 0, incoming: 0, incoming_from_peer: 0 };
         for vm in self.runtime.vms()? {
             if !vm.is_held()? {
                 continue;
@@ -49,8 +49,9 @@ impl Agent {
             load.memory_bytes += spec.map_or(0, |spec| spec.memory_bytes);
         }
         let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
-        arrivals.retain(|_, receiver| !is_closed(receiver));
+        arrivals.retain(|_, arriving| !is_closed(&arriving.receiver));
         load.incoming = arrivals.len();
+        load.incoming_from_peer = arrivals.values().filter(|arriving| arriving.from == peer).count();
         Ok(load)
     }
 }
@@ -62,6 +63,7 @@ pub(super) struct Handler<'a> {
     identity: Option<Identity>,
     /// The host that it is, or its address in clear text.
     peer: String,
+    address: String,
 }
 
 impl Requests for Handler<'_> {
@@ -73,9 +75,8 @@ impl Requests for Handler<'_> {
         let taken = self.take(offer);
         let _ = fault_points::step_of("agent", "offer.after", id, &name);
         taken.map_err(|error| {
-            let reason = format!("{error:#}");
-            tracing::info!(vm = name, from = self.peer, reason, "not taken");
-            Refusal { reason, mismatches: Vec::new() }
+            tracing::info!(vm = name, from = self.peer, reason = format!("{error:#}"), "not taken");
+            refusal(&error)
         })
     }
 
@@ -89,6 +90,17 @@ impl Requests for Handler<'_> {
         let reason = format!("the migration {id} is not one of {}", self.peer);
         answer.ok_or(Refusal { reason, mismatches: Vec::new() })
     }
+
+    fn pull(&mut self, pull: Pull, peer: &mut dyn Pulling) -> Result<Option<Report>, Refusal> {
+        pull::serve(self.agent, &pull, self.identity.as_ref(), &self.address, peer).map_err(|error| {
+            tracing::info!(vm = pull.vm, by = self.peer, reason = format!("{error:#}"), "not pulled");
+            refusal(&error)
+        })
+    }
+}
+
+fn refusal(error: &anyhow::Error) -> Refusal {
+    Refusal { reason: format!("{error:#}"), mismatches: Vec::new() }
 }
 
 /// Whether a migration that was offered by `recorded` is another's than `asking`'s. What was offered in clear text is on record by
@@ -101,8 +113,8 @@ fn is_anothers(recorded: &str, asking: Option<&Identity>) -> bool {
 
 impl<'a> Handler<'a> {
     pub(super) fn new(agent: &'a Agent, identity: Option<Identity>, address: String) -> Self {
-        let peer = identity.as_ref().map_or(address, |identity| identity.host.clone());
-        Handler { agent, identity, peer }
+        let peer = identity.as_ref().map_or_else(|| address.clone(), |identity| identity.host.clone());
+        Handler { agent, identity, peer, address }
     }
 
     fn take(&self, offer: Offer) -> Result<()> {
@@ -124,10 +136,14 @@ impl<'a> Handler<'a> {
             );
             thread::sleep(Duration::from_millis(20));
         }
+        let from = match (&self.identity, self.address.parse::<SocketAddr>()) {
+            (None, Ok(address)) => address.ip().to_string(),
+            _ => self.peer.clone(),
+        };
         let policy = agent.policy()?;
         let link = agent.peers.link()?;
         let _admitting = agent.admitting.lock().unwrap_or_else(PoisonError::into_inner);
-        policy.admit(&mut spec, agent.bridge.as_deref(), agent.load()?)?;
+        policy.admit(&mut spec, agent.bridge.as_deref(), agent.load(&from)?)?;
         let id = offer.id;
         // Whoever has seen the id on the wire must not take another's place.
         let taken = agent.arrivals.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&id);
@@ -135,7 +151,7 @@ impl<'a> Handler<'a> {
         let (ours, theirs) = UnixStream::pair()?;
         {
             let mut arrivals = agent.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
-            arrivals.insert(id, ours);
+            arrivals.insert(id, Arriving { receiver: ours, from });
         }
         let boot_folders = policy.boot_folders().to_vec();
         let arrival = |connections| Arrival {

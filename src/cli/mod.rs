@@ -63,6 +63,15 @@ pub enum Command {
     ///   microvm migrate web --to 10.0.0.7:7437 --max-downtime 20ms --bandwidth 1gbit --json
     #[command(verbatim_doc_comment)]
     Migrate(MigrateArgs),
+    /// Move a VM from another host to this one
+    ///
+    /// As `migrate`, asked for from the other end. The other host's policy must allow it (docs/trust.md), and `microvm agent` runs on
+    /// both hosts. Ctrl-C cancels; if this command dies otherwise, the migration goes on.
+    ///
+    /// Example:
+    ///   microvm pull web --from host1
+    #[command(verbatim_doc_comment)]
+    Pull(PullArgs),
     /// Take VMs in from other hosts: the host's daemon
     ///
     /// Listens for migrations. Each VM that comes gets a process of its own, which lives on when the agent ends.
@@ -159,6 +168,23 @@ pub struct RunArgs {
     pub json: bool,
 }
 
+/// `pull`.
+#[derive(Debug, Args)]
+pub struct PullArgs {
+    /// The VM
+    pub name: String,
+    /// Where it is: HOST or HOST:PORT (default port 7437)
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub from: String,
+    /// This host's agent as the other host dials it (default: the address from which this host reaches the other, if this host's
+    /// certificate has it, else this host's name; port 7437)
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub to: Option<String>,
+    /// How to move it.
+    #[command(flatten)]
+    pub how: MoveArgs,
+}
+
 /// `migrate`.
 #[derive(Debug, Args)]
 pub struct MigrateArgs {
@@ -167,6 +193,17 @@ pub struct MigrateArgs {
     /// The destination: HOST or HOST:PORT (default port 7437)
     #[arg(long, value_name = "HOST[:PORT]")]
     pub to: String,
+    /// How to move it.
+    #[command(flatten)]
+    pub how: MoveArgs,
+    /// Return as soon as it has begun; `microvm inspect` shows how far it is
+    #[arg(long)]
+    pub detach: bool,
+}
+
+/// How a VM is moved, whoever asks for it.
+#[derive(Debug, Args)]
+pub struct MoveArgs {
     /// The longest blackout with which to switch over
     #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = parse_duration)]
     pub max_downtime: Duration,
@@ -188,9 +225,6 @@ pub struct MigrateArgs {
     /// A destination that is silent for so long is dead; other limits on waiting for it are in proportion
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_dead_after)]
     pub dead_after: Duration,
-    /// Return as soon as it has begun; `microvm inspect` shows how far it is
-    #[arg(long)]
-    pub detach: bool,
     /// Neither encrypt nor prove anything to anybody: whoever is on the way can read and change the VM
     #[arg(long)]
     pub insecure_plaintext: bool,

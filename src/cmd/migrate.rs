@@ -23,22 +23,27 @@ const LINE_EVERY: Duration = Duration::from_secs(1);
 /// Carries it out.
 pub fn run(runtime: &Runtime, args: &MigrateArgs) -> Result<u8> {
     client::find(runtime, &args.name)?;
+    let how = &args.how;
     let request = MigrateRequest {
         to: args.to.clone(),
         addresses: resolve(&args.to),
-        max_downtime_us: args.max_downtime.as_micros() as u64,
-        timeout_ms: args.timeout.map(|t| t.as_millis() as u64),
-        bandwidth: args.bandwidth,
-        streams: args.streams,
-        mode: args.mode,
-        verify: args.verify,
-        dead_after_ms: args.dead_after.as_millis() as u64,
-        link: Link::to(&args.to, args.insecure_plaintext)?,
+        max_downtime_us: how.max_downtime.as_micros() as u64,
+        timeout_ms: how.timeout.map(|t| t.as_millis() as u64),
+        bandwidth: how.bandwidth,
+        streams: how.streams,
+        mode: how.mode,
+        verify: how.verify,
+        dead_after_ms: how.dead_after.as_millis() as u64,
+        link: Link::to(&args.to, how.insecure_plaintext)?,
     };
     let name = &args.name;
     let mut conversation = Conversation::ask(runtime, name, &Request::Migrate(request))?;
-    cancel_on_interrupt(runtime, name)?;
-    let mut show = Show::new(args);
+    let cancel = {
+        let (runtime, name) = (runtime.clone(), name.clone());
+        move || client::ask(&runtime, &name, &Request::Cancel).map(drop)
+    };
+    on_interrupt(cancel, format!("microvm inspect {name} shows how it goes on"))?;
+    let mut show = Show::new(!args.detach);
     let (report, exit) = loop {
         let answer = match conversation.next() {
             Ok(answer) => answer,
@@ -46,7 +51,7 @@ pub fn run(runtime: &Runtime, args: &MigrateArgs) -> Result<u8> {
         };
         match answer {
             Answer::Progress(_) if args.detach => {
-                if !args.json {
+                if !how.json {
                     println!("{name} is on its way to {}: microvm inspect {name} shows how far", args.to);
                 }
                 return Ok(0);
@@ -61,12 +66,17 @@ pub fn run(runtime: &Runtime, args: &MigrateArgs) -> Result<u8> {
         // The name is free again when this command says that it is done, so that the VM can come back at once.
         client::wait_until_let_go(runtime, name)?;
     }
-    if args.json {
+    if how.json {
         println!("{}", serde_json::to_string(&report)?);
     }
-    tell(&report, exit.as_ref(), args.json);
+    tell(&report, exit.as_ref(), how.json, "here");
+    Ok(exit_code_of(&report, exit.as_ref()))
+}
+
+/// What the command ends with.
+pub(super) fn exit_code_of(report: &Report, exit: Option<&Exit>) -> u8 {
     let lost = report.outcome == Outcome::Failed && report.owner == Owner::Destination;
-    Ok(if lost || exit.is_some() { NOWHERE } else { exit_code(report.outcome) })
+    if lost || exit.is_some() { NOWHERE } else { exit_code(report.outcome) }
 }
 
 /// Exit code: the VM ended, or was lost, and runs nowhere.
@@ -103,9 +113,9 @@ fn no_answer(runtime: &Runtime, name: &str, error: anyhow::Error) -> Result<u8> 
     Ok(NOWHERE)
 }
 
-/// The first Ctrl-C cancels and waits for the answer; the second lets the migration go on and ends the command.
-fn cancel_on_interrupt(runtime: &Runtime, name: &str) -> Result<()> {
-    let (runtime, name) = (runtime.clone(), name.to_string());
+/// The first Ctrl-C cancels and waits for the answer; the second lets the migration go on and ends the command. `later` says how to
+/// see then how it goes on.
+pub(super) fn on_interrupt(mut cancel: impl FnMut() -> Result<()> + Send + 'static, later: String) -> Result<()> {
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (ready, is_ready) = std::sync::mpsc::channel();
     std::thread::Builder::new().name("interrupt".into()).spawn(move || {
@@ -119,11 +129,11 @@ fn cancel_on_interrupt(runtime: &Runtime, name: &str) -> Result<()> {
             let _ = ready.send(());
             tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
             eprintln!("\nmicrovm: cancelling");
-            if let Err(error) = client::ask(&runtime, &name, &Request::Cancel) {
+            if let Err(error) = cancel() {
                 eprintln!("microvm: {error:#}");
             }
             tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
-            eprintln!("microvm: leaving; microvm inspect {name} shows how it goes on");
+            eprintln!("microvm: leaving; {later}");
             std::process::exit(LEFT);
         });
     })?;
@@ -132,21 +142,22 @@ fn cancel_on_interrupt(runtime: &Runtime, name: &str) -> Result<()> {
 }
 
 /// What is shown while it runs: a bar on a terminal, lines elsewhere.
-struct Show {
+pub(super) struct Show {
     bar: Option<ProgressBar>,
     last: (Phase, u32, Option<Instant>),
 }
 
 impl Show {
-    fn new(args: &MigrateArgs) -> Self {
-        let bar = (stderr().is_terminal() && !args.detach).then(|| {
+    /// With a bar on a terminal, if there is time for one.
+    pub(super) fn new(waits: bool) -> Self {
+        let bar = (stderr().is_terminal() && waits).then(|| {
             let style = ProgressStyle::with_template("{bar:24} {msg}").expect("the template is a constant");
             ProgressBar::new(1).with_style(style)
         });
         Show { bar, last: (Phase::Idle, 0, None) }
     }
 
-    fn progress(&mut self, p: &ProgressView) {
+    pub(super) fn progress(&mut self, p: &ProgressView) {
         if let Some(bar) = &self.bar {
             bar.set_length(p.pages_total.max(1));
             bar.set_position(p.pages_done);
@@ -160,19 +171,19 @@ impl Show {
         }
     }
 
-    fn end(&self) {
+    pub(super) fn end(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
     }
 }
 
-/// The end, for people.
-fn tell(report: &Report, exit: Option<&Exit>, json: bool) {
+/// The end, for people. `exit`: how the VM ended meanwhile, if it did. `source`: where the VM was, "here" or "at host1".
+pub(super) fn tell(report: &Report, exit: Option<&Exit>, json: bool, source: &str) {
     let Report { vm, to, .. } = report;
     if report.outcome == Outcome::InDoubt {
         return eprintln!(
-            "microvm: in doubt: {to} was told to run {vm} and does not answer. {vm} stays paused here, and goes on asking; \
+            "microvm: in doubt: {to} was told to run {vm} and does not answer. {vm} stays paused {source}, and goes on asking; \
              microvm ps shows how it stands, microvm resolve --help how to settle it by hand"
         );
     }
@@ -188,10 +199,10 @@ fn tell(report: &Report, exit: Option<&Exit>, json: bool) {
             );
         }
         (Outcome::Completed, _) => {}
-        (Outcome::Cancelled, _) if exit.is_none() => eprintln!("microvm: cancelled; {vm} runs on here"),
+        (Outcome::Cancelled, _) if exit.is_none() => eprintln!("microvm: cancelled; {vm} runs on {source}"),
         (outcome, error) => {
             let owner = match report.owner {
-                Owner::Source => exit.map_or_else(|| format!("{vm} is here, as it was"), |exit| exit.sentence(vm)),
+                Owner::Source => exit.map_or_else(|| format!("{vm} is {source}, as it was"), |exit| exit.sentence(vm)),
                 Owner::Destination => format!("{vm} is on {to}"),
                 Owner::Unknown => format!("it is not known who owns {vm}"),
             };

@@ -13,6 +13,7 @@ mod inspect;
 mod logs;
 mod migrate;
 mod ps;
+mod pull;
 mod resolve;
 mod rm;
 mod run;
@@ -32,6 +33,7 @@ pub fn run(command: Command) -> Result<u8> {
     match command {
         Command::Run(args) => run::run(&runtime, args),
         Command::Migrate(args) => migrate::run(&runtime, &args),
+        Command::Pull(args) => pull::run(&args),
         Command::Agent(args) => crate::agent::run(&runtime, &args, crate::agent::Service::UntilStopped),
         Command::Receive(args) => {
             crate::agent::run(&runtime, &args.agent, crate::agent::Service::OneVm { patience: args.timeout })

@@ -37,6 +37,14 @@ impl Certified {
         let key = KeyPair::from_pem(&self.key).context("a key cannot be read")?;
         Issuer::from_ca_cert_pem(&self.certificate, key).context("a certificate cannot sign")
     }
+
+    /// Whether the key is that of the certificate.
+    pub fn check_key(&self) -> Result<()> {
+        let key = KeyPair::from_pem(&self.key).context("a key cannot be read")?;
+        let public = super::certificate::public_key(&self.certificate)?;
+        ensure!(key.public_key_raw() == public, "the key does not fit the certificate");
+        Ok(())
+    }
 }
 
 /// Checks the name of a host: it is a DNS name, for it is what others dial and what stands in policies.

@@ -115,7 +115,8 @@ impl Bundle {
             let facts = facts(&host.certificate)?;
             // TLS would say all this too, but only when somebody connects.
             authority::check_host(facts.names.first().map_or("", String::as_str))?;
-            let leaf = authority::mint(host, &facts.names).context("the host's key does not fit")?;
+            host.check_key()?;
+            let leaf = authority::mint(host, &facts.names)?;
             let credentials = authority::credentials(leaf, &self.roots.concat(), &self.revoked.concat());
             migrator::transport::tls::Tls::new(&credentials).context("the bundle cannot be used")?;
             let now = unix_now();

@@ -84,6 +84,14 @@ pub fn is_signed_by(list: &CertificateRevocationListDer<'_>, authority: &Certifi
     list.issuer() == authority.subject() && list.verify_signature(authority.public_key()).is_ok()
 }
 
+/// The public key in the first certificate of a text, as its algorithm writes it.
+pub fn public_key(text: &str) -> Result<Vec<u8>> {
+    let all = super::bundle::certificates(text)?;
+    let first = all.first().context("there is no certificate")?;
+    let (_, certificate) = X509Certificate::from_der(first).context("a certificate cannot be read")?;
+    Ok(certificate.public_key().subject_public_key.data.to_vec())
+}
+
 /// Whether `certificate` is signed by the authority with that certificate.
 pub fn certificate_is_signed_by(certificate: &CertificateDer<'_>, authority: &CertificateDer<'_>) -> bool {
     let (Ok((_, certificate)), Ok((_, authority))) =

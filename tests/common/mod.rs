@@ -8,6 +8,7 @@
 
 pub mod guest;
 pub mod net;
+pub mod trust;
 
 use std::io::{Read, Write};
 use std::path::Path;

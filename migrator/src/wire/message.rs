@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Fields, WireError, cut};
 use crate::handoff::Answer;
 use crate::id::MigrationId;
-use crate::report::AnnounceReport;
+use crate::report::{AnnounceReport, Report};
 use crate::traits::{Mismatch, Refusal, Section, VmDescription};
 
 /// The most sections of state.
@@ -27,6 +27,18 @@ pub struct Offer {
     pub streams: u16,
     /// Memory will be compared by hash.
     pub verify: bool,
+}
+
+/// "Move this VM to me."
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pull {
+    /// The VM's name.
+    pub vm: String,
+    /// Where to: how the source's host dials the destination's agent.
+    pub to: String,
+    /// How: what `migrate` takes. Not looked into by this crate.
+    pub settings: serde_json::Value,
 }
 
 /// What became of an attempt, as an agent answers it.
@@ -118,6 +130,14 @@ pub enum Message {
     Ask(MigrationId),
     /// Answer to it.
     Answer(AskAnswer),
+    /// Request: move this VM to me. Answered by PROGRESS, again and again, and then REPORT; or by REFUSED.
+    Pull(Pull),
+    /// How far it is. Not looked into by this crate.
+    Progress(serde_json::Value),
+    /// How it ended.
+    Report(Box<Report>),
+    /// Whoever pulls wants to stop it. Going away without a word does not.
+    Cancel,
     /// Are you there? Answered by a PONG with the same token.
     Ping(u64),
     /// I am.
@@ -195,6 +215,10 @@ kinds! {
     Refused = 3, "REFUSED", 256 << 10;
     Ask = 4, "ASK", 16;
     Answer = 5, "ANSWER", 1;
+    Pull = 6, "PULL", 8 << 10;
+    Progress = 7, "PROGRESS", 16 << 10;
+    Report = 8, "REPORT", 1 << 20;
+    Cancel = 9, "CANCEL", 0;
     Ping = 16, "PING", 8;
     Pong = 17, "PONG", 8;
     Ready = 18, "READY", 16;
@@ -218,6 +242,10 @@ impl Message {
             Self::Refused(_) => Kind::Refused,
             Self::Ask(_) => Kind::Ask,
             Self::Answer(_) => Kind::Answer,
+            Self::Pull(_) => Kind::Pull,
+            Self::Progress(_) => Kind::Progress,
+            Self::Report(_) => Kind::Report,
+            Self::Cancel => Kind::Cancel,
             Self::Ping(_) => Kind::Ping,
             Self::Pong(_) => Kind::Pong,
             Self::Ready(_) => Kind::Ready,
@@ -239,7 +267,10 @@ impl Message {
             Self::Offer(offer) => json(to, offer),
             Self::Refused(refusal) => json(to, &bounded(refusal)),
             Self::Running(running) => json(to, running),
-            Self::Accepted | Self::Commit | Self::Released => {}
+            Self::Pull(pull) => json(to, pull),
+            Self::Progress(progress) => json(to, progress),
+            Self::Report(report) => json(to, report),
+            Self::Accepted | Self::Cancel | Self::Commit | Self::Released => {}
             Self::Ask(id) => to.extend(id.0),
             Self::Answer(answer) => to.push(*answer as u8),
             Self::Ping(token) | Self::Pong(token) => to.extend(token.to_le_bytes()),
@@ -294,6 +325,10 @@ impl Message {
                 3 => AskAnswer::Pending,
                 other => return Err(fields.value("answer", other.into())),
             }),
+            Kind::Pull => Self::Pull(fields.json()?),
+            Kind::Progress => Self::Progress(fields.json()?),
+            Kind::Report => Self::Report(fields.json()?),
+            Kind::Cancel => Self::Cancel,
             Kind::Ping => Self::Ping(fields.u64()?),
             Kind::Pong => Self::Pong(fields.u64()?),
             Kind::Ready => Self::Ready(Ready { load: duration(&mut fields)?, journal: duration(&mut fields)? }),

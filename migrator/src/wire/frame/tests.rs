@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::id::MigrationId;
 use crate::layout::{RamLayout, RamRegion};
-use crate::report::AnnounceReport;
+use crate::report::{AnnounceReport, Outcome, Owner, Report, RoundReport};
 use crate::traits::{Mismatch, Refusal, Section, VmDescription};
 use crate::wire::message::*;
 use std::time::Duration;
@@ -37,6 +37,13 @@ fn samples() -> Vec<(&'static str, Message)> {
         ("refused", Message::Refused(Refusal { reason: "no".into(), mismatches: vec![mismatch] })),
         ("ask", Message::Ask(MigrationId([0xab; 16]))),
         ("answer", Message::Answer(AskAnswer::Pending)),
+        (
+            "pull",
+            Message::Pull(Pull { vm: "web".into(), to: "host2".into(), settings: serde_json::json!({"streams": 2}) }),
+        ),
+        ("progress", Message::Progress(serde_json::json!({"phase": "pre-copy"}))),
+        ("report", Message::Report(Box::new(report()))),
+        ("cancel", Message::Cancel),
         ("ping", Message::Ping(0x0102_0304_0506_0708)),
         ("pong", Message::Pong(1)),
         ("ready", Message::Ready(Ready { load: us(2000), journal: us(300) })),
@@ -63,6 +70,26 @@ fn samples() -> Vec<(&'static str, Message)> {
         ("abort", Message::Abort("cancelled".into())),
         ("released", Message::Released),
     ]
+}
+
+fn report() -> Report {
+    Report {
+        vm: "web".into(),
+        from: "host1".into(),
+        to: "host2:7437".into(),
+        mode: "pre-copy".into(),
+        outcome: Outcome::Completed,
+        owner: Owner::Destination,
+        error: None,
+        rounds: vec![RoundReport { n: 1, pages: 2, ms: 0.5, ..RoundReport::default() }],
+        total_ms: 1.5,
+        blackout_ms: Some(0.25),
+        blackout: [("pause".into(), 0.25)].into(),
+        bytes_sent: 8512,
+        ram_bytes: 1 << 20,
+        predicted_blackout_ms: Some(0.5),
+        announce: None,
+    }
 }
 
 #[test]
@@ -103,7 +130,7 @@ fn hostile_headers() {
         bytes[4..8].copy_from_slice(&length.to_le_bytes());
         Header::decode(&bytes)
     };
-    for kind in [0, 6, 15, 28, u16::MAX] {
+    for kind in [0, 10, 15, 28, u16::MAX] {
         assert_eq!(header(kind, 0, 0), Err(WireError::Type(kind)));
     }
     for kind in Kind::ALL {
@@ -157,7 +184,7 @@ fn hostile_fields() {
         assert!(matches!(reframe(kind as u16, &[0xff]), Err(WireError::Body { .. })));
     }
     for bad in ["", "{}", "null", "[", r#"{"reason":1,"mismatches":[]}"#, r#"{"reason":"","mismatches":[],"more":1}"#] {
-        for kind in [Kind::Offer, Kind::Refused, Kind::Running] {
+        for kind in [Kind::Offer, Kind::Refused, Kind::Running, Kind::Pull, Kind::Report] {
             assert!(matches!(reframe(kind as u16, bad.as_bytes()), Err(WireError::Body { .. })), "{bad}");
         }
     }
@@ -175,8 +202,25 @@ fn hostile_fields() {
         assert!(text.contains(from));
         assert!(matches!(reframe(1, text.replacen(from, to, 1).as_bytes()), Err(WireError::Body { .. })), "{to}");
     }
+    let pull = r#"{"vm":"web","to":"host2","settings":{}"#;
+    assert!(reframe(Kind::Pull as u16, format!("{pull}}}").as_bytes()).is_ok());
+    for more in [r#","more":1}"#, r#","vm":"db"}"#, ",}"] {
+        assert!(matches!(reframe(Kind::Pull as u16, format!("{pull}{more}").as_bytes()), Err(WireError::Body { .. })));
+    }
+    assert!(matches!(
+        reframe(Kind::Pull as u16, &pull.replace("web", "\\ud800").into_bytes()),
+        Err(WireError::Body { .. })
+    ));
+    for (from, to) in [("completed", "done"), ("\"n\":1", "\"n\":-1"), ("8512", "1e99"), ("null", "[]")] {
+        let text = serde_json::to_string(&report()).unwrap().replacen(from, to, 1);
+        assert!(matches!(reframe(Kind::Report as u16, text.as_bytes()), Err(WireError::Body { .. })), "{to}");
+    }
+    assert_eq!(reframe(Kind::Cancel as u16, &[0]), Err(WireError::TooLong { kind: "CANCEL", length: 1, cap: 0 }));
     let deep = "[".repeat(10_000);
-    assert!(reframe(1, deep.as_bytes()).is_err(), "nesting is bounded by the parser");
+    for kind in [Kind::Offer, Kind::Pull, Kind::Progress] {
+        let deep = &deep.as_bytes()[..deep.len().min(kind.cap() as usize)];
+        assert!(reframe(kind as u16, deep).is_err(), "nesting is bounded by the parser");
+    }
 }
 
 proptest! {
