@@ -1,7 +1,7 @@
 //! Who this host is, and whom it trusts: a fleet's own small CA.
 //!
 //! [`store`] is what lies in files, [`authority`] what signs. What leaves this room is a [`Link`]: what one connection, or one
-//! migration, is secured with. It never holds the host's own key: see `docs/decisions/0010-a-key-for-each-migration.md`.
+//! migration, is secured with. It never holds the host's own key: see `docs/decisions/0011-a-key-for-each-migration.md`.
 
 use std::net::IpAddr;
 
