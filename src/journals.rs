@@ -186,6 +186,11 @@ impl Outgoing {
         FileJournal::read(&self.journal()).context("the migrations' journal cannot be read")
     }
 
+    /// Whether the last word is that the VM is the destination's.
+    pub fn says_released(&self) -> bool {
+        self.records().is_ok_and(|records| records.last().is_some_and(|last| last.step == Step::Released))
+    }
+
     /// What its dead process has left to do. A living one does it itself.
     pub fn left(&self) -> Result<Left> {
         let left = |records: &[HandoffRecord]| match (handoff::unsettled(records), records.last()) {

@@ -141,6 +141,9 @@ fn look(runtime: &Runtime, timeouts: Timeouts, asked: &Arc<Mutex<HashSet<String>
             complain(&id.to_string(), error);
         }
     }
+    if first && let Err(error) = runtime.finish_removing() {
+        complain("what is left of VMs", error);
+    }
     for dir in runtime.vms().unwrap_or_default() {
         let name = dir.name().to_string();
         let looked = dir.is_held().and_then(|held| match held {

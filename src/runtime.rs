@@ -96,6 +96,15 @@ impl Runtime {
         names.iter().map(|name| self.vm(name)).collect()
     }
 
+    /// Removes folders whose removal was cut short.
+    pub fn finish_removing(&self) -> Result<()> {
+        for name in self.folders()?.iter().filter(|name| name.starts_with('.')) {
+            // Somebody may be at it.
+            let _ = fs::remove_dir_all(self.root.join("vms").join(name));
+        }
+        Ok(())
+    }
+
     fn folders(&self) -> Result<Vec<String>> {
         let dir = self.root.join("vms");
         let entries = match fs::read_dir(&dir) {
@@ -280,14 +289,22 @@ impl VmDir {
         }
     }
 
-    /// Removes the folder, and then the VM's journal. For the VM's process, and for what a dead one left.
+    /// Removes the folder and the VM's journal. For the VM's keeper, and for what a dead one left.
+    ///
+    /// Whoever looks meanwhile sees no half of it: the folder goes at once, and a journal that says where the VM is goes last.
     pub fn remove(&self) -> Result<()> {
-        match fs::remove_dir_all(&self.path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(e).with_context(|| format!("cannot remove {}", self.path.display()))
-            }
-            _ => self.outgoing.remove(),
+        let tells = self.outgoing.says_released();
+        if !tells {
+            self.outgoing.remove()?;
         }
+        let gone = self.path.with_file_name(format!(".{}-{}", self.name, std::process::id()));
+        match fs::rename(&self.path, &gone).and_then(|()| fs::remove_dir_all(&gone)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(e).with_context(|| format!("cannot remove {}", self.path.display()));
+            }
+            _ => {}
+        }
+        if tells { self.outgoing.remove() } else { Ok(()) }
     }
 }
 

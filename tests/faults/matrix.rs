@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use libtest_mimic::Trial;
 use rustix::process::Signal;
 
-use crate::common::{PATIENCE, Running, Said, wait_for};
+use crate::common::{PATIENCE, Running, Said, wait_for, wait_until};
 use crate::world::{DEAD_AFTER, MIGRATE, Side, VM, World, signal, wait_gone};
 
 /// How far the handoff is at a step.
@@ -316,9 +316,15 @@ pub fn ended(world: &World, end: End, said: &Said) {
     if let Some(side) = runs {
         world.is_well(side);
         let (from, to) = (world.host(side), world.host(side.other()));
-        let again = from.microvm(&format!("migrate {VM} --to {} {MIGRATE}", to.ip));
-        assert_eq!(again.code(), 0, "the retry: {again:?}");
-        assert_eq!(world.settled(), if side == Side::A { side_b() } else { side_a() });
+        wait_until("the retry succeeds", || {
+            let again = from.microvm(&format!("migrate {VM} --to {} {MIGRATE}", to.ip));
+            // What the first attempt began there may not have ended yet.
+            let taken = again.code() == 1 && again.stderr.contains("is taken on the destination");
+            assert!(taken || again.code() == 0, "the retry: {again:?}");
+            !taken
+        });
+        let moved = if side == Side::A { side_b() } else { side_a() };
+        wait_until("both hosts agree after the retry", || world.settled() == moved);
         world.is_well(side.other());
     }
     world.clear();
