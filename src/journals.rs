@@ -143,9 +143,9 @@ impl Outgoing {
         self.folder.join("asked.json")
     }
 
-    /// Whether there is one.
+    /// Whether there is one. A folder without it is one that is being made or removed.
     pub fn exists(&self) -> bool {
-        self.folder.is_dir()
+        self.journal().is_file()
     }
 
     /// Opens and holds it, if a process does not; made if need be.
@@ -157,7 +157,7 @@ impl Outgoing {
                 Ok(journal) => return Ok(Some(journal)),
                 Err(JournalError::InUse(_)) => return Ok(None),
                 // Whoever removes a journal removes its folder with it.
-                Err(_) if !self.exists() && Instant::now() < end => {}
+                Err(_) if !self.folder.is_dir() && Instant::now() < end => {}
                 Err(error) => return Err(error).context("the migrations' journal cannot be kept"),
             }
         }
@@ -303,6 +303,13 @@ impl Outgoing {
                 self.remove_folder();
                 Ok(())
             }
+        }
+    }
+
+    /// Removes the folder that is left if its removal was cut short.
+    pub fn finish_removing(&self) {
+        if !self.exists() {
+            self.remove_folder();
         }
     }
 

@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -55,6 +55,8 @@ pub fn settle(dir: &VmDir, timeouts: Timeouts) -> Result<Doubt> {
     let decided = match dir.outgoing.left()? {
         Left::Nothing => return Ok(Doubt::None),
         Left::InDoubt(decided) => decided,
+        // What it said at its end stays for whoever wants to read it.
+        Left::Released(_) if dir.exit().exists() => return Ok(Doubt::None),
         Left::Released(record) => return clear_up(dir, &record),
     };
     let answer = match ask(&decided, timeouts) {
@@ -121,26 +123,34 @@ pub fn tombstone(id: MigrationId, peer: &str) -> HandoffRecord {
 /// Looks after what processes leave, now and for as long as this process lives.
 pub fn start(runtime: &Runtime, timeouts: Timeouts) -> Result<()> {
     let (runtime, asked) = (runtime.clone(), Arc::<Mutex<HashSet<String>>>::default());
-    look(&runtime, timeouts, &asked, true);
+    let mut incoming = runtime.journals.all_incoming()?;
+    look(&runtime, timeouts, &asked, &mut incoming, true);
     thread::Builder::new().name("recovery".into()).spawn(move || {
         loop {
             thread::sleep(LOOK_EVERY);
-            look(&runtime, timeouts, &asked, false);
+            look(&runtime, timeouts, &asked, &mut incoming, false);
         }
     })?;
     Ok(())
 }
 
-/// One look. Nothing that is damaged keeps it from the rest.
-fn look(runtime: &Runtime, timeouts: Timeouts, asked: &Arc<Mutex<HashSet<String>>>, first: bool) {
+/// One look. Nothing that is damaged keeps it from the rest. `incoming` are journals of before this agent's time that are still to
+/// be looked at; those of processes that it started are when they end.
+fn look(
+    runtime: &Runtime,
+    timeouts: Timeouts,
+    asked: &Arc<Mutex<HashSet<String>>>,
+    incoming: &mut Vec<(MigrationId, PathBuf)>,
+    first: bool,
+) {
     let complain = |what: &str, error: anyhow::Error| tracing::warn!("{what}: {error:#}");
-    // Those of processes that this agent started are looked at when they end.
-    let incoming = if first { runtime.journals.all_incoming() } else { Ok(Vec::new()) };
-    for (id, path) in incoming.unwrap_or_default() {
-        if let Err(error) = look_at_incoming(id, &path) {
+    incoming.retain(|(id, path)| match look_at_incoming(*id, path) {
+        Ok(looked) => looked == Looked::Held,
+        Err(error) => {
             complain(&id.to_string(), error);
+            false
         }
-    }
+    });
     if first && let Err(error) = runtime.finish_removing() {
         complain("what is left of VMs", error);
     }
@@ -154,6 +164,7 @@ fn look(runtime: &Runtime, timeouts: Timeouts, asked: &Arc<Mutex<HashSet<String>
             true => Ok(()),
             false => {
                 dir.remove_if_never_arrived(runtime)?;
+                dir.outgoing.finish_removing();
                 ask_for_ever(dir, timeouts, asked)
             }
         });
@@ -163,8 +174,17 @@ fn look(runtime: &Runtime, timeouts: Timeouts, asked: &Arc<Mutex<HashSet<String>
     }
 }
 
+/// What a look at a journal has led to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Looked {
+    /// There is nothing to do, or it was done.
+    Done,
+    /// Its process lives.
+    Held,
+}
+
 /// An incoming migration that nobody holds any more will not come: that is recorded before anyone asks.
-pub fn look_at_incoming(id: MigrationId, path: &Path) -> Result<()> {
+pub fn look_at_incoming(id: MigrationId, path: &Path) -> Result<Looked> {
     let age = fs::metadata(path).and_then(|file| file.modified()).ok().and_then(|at| at.elapsed().ok());
     let older = |than| age.is_some_and(|age| age > than);
     let unreadable = "the migration's journal cannot be read";
@@ -176,11 +196,11 @@ pub fn look_at_incoming(id: MigrationId, path: &Path) -> Result<()> {
         Answer::Running | Answer::Pending => true,
     };
     if nothing_to_do(&FileJournal::read(path).context(unreadable)?) {
-        return Ok(());
+        return Ok(Looked::Done);
     }
     let mut journal = match FileJournal::open(path) {
         Ok(journal) => journal,
-        Err(JournalError::InUse(_)) => return Ok(()),
+        Err(JournalError::InUse(_)) => return Ok(Looked::Held),
         Err(error) => return Err(error).context("the migration's journal cannot be kept"),
     };
     let records = journal.load().context(unreadable)?;
@@ -192,7 +212,7 @@ pub fn look_at_incoming(id: MigrationId, path: &Path) -> Result<()> {
         }
         _ => journal.remove()?,
     }
-    Ok(())
+    Ok(Looked::Done)
 }
 
 /// Starts to ask about a VM whose process died in doubt, unless that is being done.
@@ -202,7 +222,7 @@ fn ask_for_ever(dir: VmDir, timeouts: Timeouts, asked: &Arc<Mutex<HashSet<String
     };
     match dir.outgoing.left()? {
         Left::Nothing => return Ok(()),
-        Left::Released(record) => return clear_up(&dir, &record).map(|_| ()),
+        Left::Released(_) => return settle(&dir, timeouts).map(|_| ()),
         Left::InDoubt(_) if !lock(asked) => return Ok(()),
         Left::InDoubt(_) => {}
     }

@@ -165,7 +165,7 @@ impl<'a> Handler<'a> {
         let (left, runtime) = (dir.clone(), agent.runtime.clone());
         let ended = move || {
             let journal = runtime.journals.incoming(id).and_then(|path| recovery::look_at_incoming(id, &path));
-            if let Err(error) = journal.and_then(|()| left.remove_if_never_arrived(&runtime)) {
+            if let Err(error) = journal.and_then(|_| left.remove_if_never_arrived(&runtime)) {
                 tracing::warn!(vm = left.name(), "{error:#}");
             }
         };

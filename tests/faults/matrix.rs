@@ -291,7 +291,8 @@ pub fn ended(world: &World, end: End, said: &Said) {
             (None, Some("running")) => End::There,
             (Some("dead"), None) => End::DeadHere,
             (None, Some("dead")) => End::DeadThere,
-            (Some("ended"), None) => End::Lost,
+            // Its process there has left its log.
+            (Some("ended"), Some("dead")) => End::Lost,
             (Some("running"), Some("running")) => panic!("it runs twice; {said:?}"),
             (None, None) => panic!("it is nowhere; {said:?}"),
             _ => return None,

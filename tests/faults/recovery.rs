@@ -151,7 +151,7 @@ fn agent_comes_back(world: &mut World) {
     assert_eq!(world.state(Side::B).as_deref(), Some("dead"));
     assert_eq!(newest_incoming(world), [Step::Receiving]);
     world.restart_agent(Side::B);
-    assert_eq!(newest_incoming(world), [Step::Receiving, Step::GaveUp]);
+    wait_until("the agent gives it up", || newest_incoming(world) == [Step::Receiving, Step::GaveUp]);
     is(world, Some("running"), None);
     world.net.b.is_empty();
     world.is_well(Side::A);
