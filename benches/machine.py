@@ -22,7 +22,7 @@ def environment(versions):
     with open("/sys/kernel/mm/transparent_hugepage/enabled") as huge:
         huge_pages = huge.read().strip()
     return {"cpu": fields.get("model name"), "cpus": os.cpu_count(), "memory_gib": round(total_kib / 2**20, 1),
-            "kernel": platform.release(), "kvm": kvm, "hypervisor": "hypervisor" in flags, "transparent_hugepages": huge_pages,
+            "kernel": platform.release(), "kvm": kvm, "hypervisor": "hypervisor" in flags, "transparent_hugepages": huge_pages, "free_page_reporting": reporting(),
             "python": platform.python_version(), "versions": versions}
 
 
@@ -114,6 +114,16 @@ def free_bytes():
     with open("/proc/meminfo") as memory:
         fields = dict(line.split(":") for line in memory)
     return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def reporting():
+    """How the kernel tells its hypervisor of free memory, by its settings and counters; empty where it does not."""
+    folder = "/sys/module/page_reporting/parameters"
+    found = {}
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        with open(os.path.join(folder, name)) as file:
+            found[name] = file.read().strip()
+    return found
 
 
 def cpu_s(pid):

@@ -98,10 +98,12 @@ class Runs:
             wire = self.network.bytes_on_wire()
             stat = Interference.times()
             first_touch = warmth.release()
+            reported = machine.reporting().get("reported_kib")
             begin = time.monotonic_ns()
             move = contestant.move(LIMIT_S)
             end = time.monotonic_ns()
             stolen = Interference.between(stat, Interference.times())["stolen"]
+            reported = reported and (int(machine.reporting()["reported_kib"]) - int(reported)) / 1024
             wire = self.network.bytes_on_wire() - wire
             is_there = move.outcome == "completed"
             used = meter.finish(contestant.destination_pid() if is_there else None)
@@ -113,7 +115,7 @@ class Runs:
                 "guest": dataclasses.asdict(guest), "streams": case.streams, "cmdline": guest.cmdline(),
                 "touched_bytes": guest.touched_bytes(), "nonzero_bytes": guest.nonzero_bytes(),
                 **dataclasses.asdict(move), "command_ms": (end - begin) / metrics.MS, "bytes_on_wire": wire, "stolen": stolen,
-                "first_touch_s_per_gib": first_touch, "used": used, "errors": errors,
+                "first_touch_s_per_gib": first_touch, "reported_mib": reported, "used": used, "errors": errors,
                 "seen": metrics.seen(answers, begin, end, watch.period_ns) if is_there else None,
                 "curve": metrics.curve(answers, begin, end, 10 * metrics.MS, 400 * metrics.MS, 400 * metrics.MS) if is_there else [],
             }
