@@ -22,7 +22,8 @@ def environment(versions):
     with open("/sys/kernel/mm/transparent_hugepage/enabled") as huge:
         huge_pages = huge.read().strip()
     return {"cpu": fields.get("model name"), "cpus": os.cpu_count(), "memory_gib": round(total_kib / 2**20, 1),
-            "kernel": platform.release(), "kvm": kvm, "hypervisor": "hypervisor" in flags, "transparent_hugepages": huge_pages, "free_page_reporting": reporting(),
+            "kernel": platform.release(), "kvm": kvm, "hypervisor": "hypervisor" in flags, "transparent_hugepages": huge_pages,
+            "free_page_reporting": reporting(),
             "python": platform.python_version(), "versions": versions}
 
 

@@ -77,7 +77,7 @@ def dots(title, what, cases, contestants, values):
             colour, middle = COLOURS[number % len(COLOURS)], y + 16 + lane * number
             several = sorted(found[case, name])
             if not several:
-                drawing.text(LEFT + 4, middle + 4, "did not complete", 10, colour)
+                drawing.text(LEFT + 4, middle + 4, "no move completed", 10, colour)
                 continue
             drawing.line(x(several[0]), middle, x(several[-1]), middle, colour, 1)
             for value in several:
@@ -101,7 +101,7 @@ def curves(title, runs):
     drawing.text(24, 34, title, 20, weight="600")
     drawing.text(24, 54, "MiB a second written by the guest, in steps of 10 ms, as seen from outside; the move is shaded", 12, PALE)
     for number, (name, points, over) in enumerate(runs):
-        top = 76 + number * (panel + 34)
+        top = 92 + number * (panel + 34)
         bottom = top + panel
         y = lambda rate: bottom - min(rate, most) / most * panel
         drawing.rect(x(0), top, x(min(over, last)) - x(0), panel, "#eef3fc")
@@ -109,9 +109,9 @@ def curves(title, runs):
             drawing.line(left, bottom - part * panel / 1.15, WIDTH - RIGHT, bottom - part * panel / 1.15, GRID)
             drawing.text(left - 8, bottom - part * panel / 1.15 + 4, f"{part * most / 1.15 * 4096 / 2**20:,.0f}", 11, PALE, "end")
         drawing.path([(x(ms), y(rate)) for ms, rate in points], COLOURS[number % len(COLOURS)])
-        drawing.text(left + 6, top + 14, name, 13, COLOURS[number % len(COLOURS)], weight="600")
-        drawing.text(x(min(over, last)) + 6, top + 14, f"{over:,.0f} ms", 11, PALE)
-    bottom = 76 + len(runs) * (panel + 34) - 34
+        drawing.text(left, top - 7, name, 13, COLOURS[number % len(COLOURS)], weight="600")
+        drawing.text(left + 14 + 8 * len(name), top - 7, f"moved in {over:,.0f} ms", 11, PALE)
+    bottom = 92 + len(runs) * (panel + 34) - 34
     step = next((s for s in (50, 100, 200, 500, 1000, 2000, 5000, 10000) if (last - first) / s <= 14), 30000)
     ms = -(-first // step) * step
     while ms <= last:

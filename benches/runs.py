@@ -53,7 +53,9 @@ class Runs:
                     capacity = limits.iperf3(self.network)
                     self.record({"kind": "link", "case": case.name, "link": link, "bytes_per_s": capacity})
                     for number in range(times):
-                        for contestant in self.contestants:
+                        # A different one first each time: nobody always follows the same.
+                        first = number % len(self.contestants)
+                        for contestant in self.contestants[first:] + self.contestants[:first]:
                             if (case.name, contestant.name, number) not in self.done:
                                 self.one(case, contestant, number, capacity)
 

@@ -191,7 +191,7 @@ class OfReports(unittest.TestCase):
         self.assertIn("3 (1 gave up)", text)
 
     def test_a_case_that_nobody_completed_is_drawn_as_such(self):
-        self.assertIn("did not complete", pictures.dots("t", "w", ["c"], ["a"], lambda case, name: []))
+        self.assertIn("no move completed", pictures.dots("t", "w", ["c"], ["a"], lambda case, name: []))
 
 
 if __name__ == "__main__":

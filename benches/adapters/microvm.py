@@ -94,7 +94,11 @@ class Microvm(Contestant):
         except ValueError:
             return Move("failed", (done.stderr.strip().splitlines() or ["it said nothing"])[-1])
         message = (report.get("error") or {}).get("message", "")
-        outcome = "completed" if report["outcome"] == "completed" else "gave up" if gave_up(message) else "failed"
+        if report["outcome"] == "completed":
+            outcome = "completed"
+        else:
+            ends = {"does not converge": "gave up", "before the switchover": "stopped"}
+            outcome = next((end for words, end in ends.items() if words in message), "failed")
         return Move(outcome, message, report["total_ms"], report["blackout_ms"], report["predicted_blackout_ms"], report)
 
     def stop(self):
@@ -117,7 +121,3 @@ class Microvm(Contestant):
     def run(self, guest, directory, *more):
         return ["env", f"MICROVM_RUNTIME_DIR={directory}", self.program, "run", "--memory", f"{guest.memory}M",
                 "--cmdline", guest.cmdline(), *more]
-
-
-def gave_up(message):
-    return any(words in message for words in ("converge", "downtime", "no longer than", "blackout", "timeout", "too long"))
