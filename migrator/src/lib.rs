@@ -12,6 +12,8 @@ pub mod bitmap;
 pub mod destination;
 pub mod driver;
 pub mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 #[cfg(test)]
 mod golden;
 pub mod handle;

@@ -145,7 +145,7 @@ fn read_loop(
 }
 
 /// Reads one message. What is no message is [`io::ErrorKind::InvalidData`].
-pub(super) fn read_message(reader: &mut dyn Read) -> io::Result<Message> {
+pub(crate) fn read_message(reader: &mut dyn Read) -> io::Result<Message> {
     let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
     let mut head = [0; frame::HEADER_BYTES];
     reader.read_exact(&mut head)?;
@@ -156,6 +156,6 @@ pub(super) fn read_message(reader: &mut dyn Read) -> io::Result<Message> {
 }
 
 /// A lock that a panic elsewhere does not make unusable: what it guards here is never left half changed.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -14,10 +14,10 @@ use crate::handoff::{HandoffRecord, Step};
 use crate::id::MigrationId;
 use crate::traits::Journal;
 
-mod control;
+pub(crate) mod control;
 mod destination;
 mod pace;
-mod receive;
+pub(crate) mod receive;
 pub mod request;
 mod send;
 mod source;

@@ -13,14 +13,14 @@ use crate::traits::{Closer, Connection, ConnectionReader, GuestPages, Split};
 
 /// What a stream says.
 #[derive(Debug)]
-pub(super) enum ReceiveEvent {
+pub(crate) enum ReceiveEvent {
     /// A round was closed: its pages from this stream are in memory.
     Marker(u16, Marker),
     /// The stream ended, or what came was no page.
     Failed(String),
 }
 
-pub(super) type Sink = Arc<dyn Fn(ReceiveEvent) + Send + Sync>;
+pub(crate) type Sink = Arc<dyn Fn(ReceiveEvent) + Send + Sync>;
 
 /// One page stream.
 pub(super) struct PageReceiver {
@@ -66,7 +66,7 @@ impl Drop for PageReceiver {
     }
 }
 
-fn receive(
+pub(crate) fn receive(
     stream: u16,
     reader: &mut dyn ConnectionReader,
     memory: &dyn GuestPages,

@@ -23,7 +23,7 @@ use super::interrupt::Interrupt;
 use super::queue::QueueRegisters;
 use super::state::{MmioTransportState, RestoreError};
 use crate::devices::bus::BusDevice;
-use crate::devices::io_thread::{IoHandle, SourceId, Trigger, Watch, duplicate};
+use crate::devices::io_thread::{EventHandler, IoHandle, SourceId, Trigger, Watch, duplicate};
 use crate::memory::SharedMemory;
 
 /// Length of a transport's range on the MMIO bus, in bytes.
@@ -115,8 +115,13 @@ impl MmioTransport {
         let own = lock(&self.device).event_fds()?;
         let watches =
             queues.into_iter().chain(own).zip(0..).map(|(fd, token)| Watch { fd, token, trigger: Trigger::Edge });
-        let handler = CellHandler { cell: self.device.clone(), queues: self.notifiers.len() };
-        io.register(watches.collect(), Box::new(handler))
+        io.register(watches.collect(), self.handler())
+    }
+
+    /// What the I/O thread calls. Public for `fuzz/`, which does without the thread.
+    #[doc(hidden)]
+    pub fn handler(&self) -> Box<dyn EventHandler> {
+        Box::new(CellHandler { cell: self.device.clone(), queues: self.notifiers.len() })
     }
 
     /// Saves transport, queues and device. The I/O thread must be paused and the vCPUs stopped.

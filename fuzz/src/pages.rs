@@ -1,0 +1,224 @@
+//! A page stream from a peer into a small guest: memory is what a naive reader of the same stream makes of it.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io::{self, Read, Seek, Write};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use arbitrary::{Arbitrary, Unstructured};
+use migrator::bitmap::ChunkBits;
+use migrator::fuzzing::receive_pages;
+use migrator::layout::{CHUNK_PAGES, PAGE_SIZE, PageRun, RamLayout, RamRegion};
+use migrator::pages::{FRAME_BYTES, Marker, PageFrame};
+use migrator::traits::{ConnectionReader, GuestPages, Part};
+use vm_memory::GuestAddress;
+use vmm::memory::GuestMemoryMmap;
+use vmm::memory::pages::Pages;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// Two regions, the border inside the first chunk, and a second chunk that is not full.
+const REGIONS: [RamRegion; 2] = [RamRegion { gpa: 0, bytes: 500 * 4096 }, RamRegion { gpa: 1 << 32, bytes: 20 * 4096 }];
+
+pub fn run(data: &[u8]) {
+    thread_local! {
+        static GUEST: RefCell<Guest> = RefCell::new(Guest::new());
+    }
+    let Some((mode, data)) = data.split_first() else { return };
+    let stream = if mode & 1 == 0 { data.to_vec() } else { written(data) };
+    GUEST.with_borrow_mut(|guest| guest.receive(&stream, mode & 2 == 0));
+}
+
+/// A memory for all runs, and a file in the place of a socket.
+struct Guest {
+    layout: RamLayout,
+    pages: Pages,
+    file: std::fs::File,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let ranges = REGIONS.map(|region| (GuestAddress(region.gpa), region.bytes as usize));
+        let file = rustix::fs::memfd_create("stream", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        Self {
+            layout: RamLayout::new(REGIONS.to_vec()).unwrap(),
+            pages: Pages::new(GuestMemoryMmap::from_ranges(&ranges).unwrap().into()),
+            file: file.into(),
+        }
+    }
+
+    fn receive(&mut self, bytes: &[u8], direct: bool) {
+        self.file.set_len(0).unwrap();
+        self.file.rewind().unwrap();
+        self.file.write_all(bytes).unwrap();
+        self.file.rewind().unwrap();
+        let mut stream = Stream { file: self.file.try_clone().unwrap(), direct };
+        let (markers, end) = receive_pages(&mut stream, &Memory { layout: &self.layout, pages: &self.pages });
+        assert!(end.is_err(), "a stream has no good end of its own");
+        let (expected, expected_markers) = naive(bytes, &self.layout);
+        assert_eq!(markers, expected_markers);
+        let mut page_bytes = [0; PAGE_SIZE];
+        for page in 0..self.pages.count() {
+            match expected.get(&page) {
+                Some(Some(wanted)) => {
+                    self.pages.copy_out(page, &mut page_bytes).unwrap();
+                    assert!(page_bytes == **wanted, "page {page}");
+                    self.pages.clear(page..page + 1).unwrap();
+                }
+                Some(None) => self.pages.clear(page..page + 1).unwrap(),
+                None => assert!(self.pages.is_zero(page).unwrap(), "page {page} was written"),
+            }
+        }
+    }
+}
+
+/// What pages of a stream hold when it ends; `None`: it ended in the middle of this one. And the rounds that were closed.
+fn naive<'a>(mut stream: &'a [u8], layout: &RamLayout) -> (BTreeMap<u64, Option<&'a [u8; PAGE_SIZE]>>, Vec<Marker>) {
+    const ZEROS: &[u8; PAGE_SIZE] = &[0; PAGE_SIZE];
+    let (mut pages, mut markers) = (BTreeMap::new(), Vec::new());
+    let mut count = Marker { round: 1, ..Marker::default() };
+    while let Some((header, rest)) = stream.split_first_chunk::<FRAME_BYTES>() {
+        stream = rest;
+        match PageFrame::decode(header, layout) {
+            Ok(PageFrame::Chunk(chunk)) if chunk.round == count.round => {
+                count.add(&chunk);
+                let numbers = |bits: ChunkBits| {
+                    (0..CHUNK_PAGES)
+                        .filter(move |page| bits.get(*page))
+                        .map(move |page| chunk.chunk * CHUNK_PAGES + page)
+                };
+                pages.extend(numbers(chunk.zero).map(|page| (page, Some(ZEROS))));
+                for page in numbers(chunk.data) {
+                    let Some((bytes, rest)) = stream.split_first_chunk() else {
+                        // What was there may be overwritten in part, this page's or (without a socket) none of the run's.
+                        pages.extend(numbers(chunk.data).map(|page| (page, None)));
+                        return (pages, markers);
+                    };
+                    pages.insert(page, Some(bytes));
+                    stream = rest;
+                }
+            }
+            Ok(PageFrame::Marker(marker)) if marker == count => {
+                markers.push(marker);
+                count = Marker { round: marker.round.saturating_add(1), ..Marker::default() };
+            }
+            _ => break,
+        }
+    }
+    (pages, markers)
+}
+
+/// A stream in which most frames follow the rules, so that what comes after them is reached.
+fn written(data: &[u8]) -> Vec<u8> {
+    let (mut stream, mut u) = (Vec::new(), Unstructured::new(data));
+    let _ = write(&mut u, &mut stream);
+    stream
+}
+
+fn write(u: &mut Unstructured<'_>, stream: &mut Vec<u8>) -> arbitrary::Result<()> {
+    let mut count = Marker { round: 1, ..Marker::default() };
+    while !u.is_empty() {
+        let mut header = match u.arbitrary::<u8>()? % 8 {
+            0..=3 => {
+                let first = u64::from(u.arbitrary::<u8>()? & 1);
+                let (data, zero) = (bits(u)?, bits(u)?);
+                let chunk = migrator::pages::Chunk { round: count.round, chunk: first, data, zero: zero.minus(&data) };
+                count.add(&chunk);
+                PageFrame::Chunk(chunk).encode()
+            }
+            4 | 5 => {
+                let marker = count;
+                count = Marker { round: count.round + 1, ..Marker::default() };
+                PageFrame::Marker(marker).encode()
+            }
+            _ => <[u8; FRAME_BYTES]>::arbitrary(u)?,
+        };
+        if u.ratio(1, 8)? {
+            let at = u.int_in_range(0..=FRAME_BYTES - 1)?;
+            header[at] = u.arbitrary()?;
+        }
+        let sum = xxh3_64(&header[..FRAME_BYTES - 8]);
+        header[FRAME_BYTES - 8..].copy_from_slice(&sum.to_le_bytes());
+        stream.extend(header);
+        // Of pages, only their first bytes are chosen.
+        let layout = RamLayout::new(REGIONS.to_vec()).unwrap();
+        if let Ok(PageFrame::Chunk(chunk)) = PageFrame::decode(&header, &layout) {
+            for _ in 0..chunk.data.count().min(40) {
+                let mut page = [0; PAGE_SIZE];
+                page[0] = u.arbitrary()?;
+                page[PAGE_SIZE - 1] = page[0];
+                stream.extend(page);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A few pages, in the two chunks' terms.
+fn bits(u: &mut Unstructured<'_>) -> arbitrary::Result<ChunkBits> {
+    let mut bits = ChunkBits::default();
+    for _ in 0..u.int_in_range(0..=3)? {
+        let first = u.int_in_range(0..=520u64)?;
+        (first..first + u.int_in_range(1..=4)?).for_each(|page| bits.set(page));
+    }
+    Ok(bits)
+}
+
+struct Stream {
+    file: std::fs::File,
+    direct: bool,
+}
+
+impl Read for Stream {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.file.read(into)
+    }
+}
+
+impl ConnectionReader for Stream {
+    fn set_timeout(&self, _: Option<Duration>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        self.direct.then(|| self.file.as_fd())
+    }
+}
+
+/// As the program's adapter has it.
+struct Memory<'a> {
+    layout: &'a RamLayout,
+    pages: &'a Pages,
+}
+
+fn range(run: PageRun) -> Range<u64> {
+    run.first..run.first + run.pages
+}
+
+impl GuestPages for Memory<'_> {
+    fn layout(&self) -> &RamLayout {
+        self.layout
+    }
+
+    fn send(&self, _: &[Part<'_>], _: BorrowedFd<'_>) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn receive(&self, runs: &[PageRun], tail: &mut [u8], from: BorrowedFd<'_>) -> io::Result<()> {
+        let runs: Vec<_> = runs.iter().map(|run| range(*run)).collect();
+        self.pages.read_from(&runs, tail, from)
+    }
+
+    fn read(&self, run: PageRun, into: &mut [u8]) -> io::Result<()> {
+        self.pages.copy_out(run.first, into)
+    }
+
+    fn write(&self, run: PageRun, from: &[u8]) -> io::Result<()> {
+        self.pages.copy_in(run.first, from)
+    }
+
+    fn clear(&self, run: PageRun) -> io::Result<()> {
+        self.pages.clear(range(run))
+    }
+}
