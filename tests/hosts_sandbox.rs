@@ -132,7 +132,7 @@ fn wishes(neighbour: i64) -> Vec<(&'static str, i64, [u64; 6])> {
         ),
         ("a raw socket", libc::SYS_socket, [libc::AF_INET as u64, libc::SOCK_RAW as u64, 0, 0, 0, 0]),
         ("listen", libc::SYS_bind, [0; 6]),
-        ("trace a neighbour", libc::SYS_ptrace, [libc::PTRACE_SEIZE as u64, neighbour, 0, 0, 0, 0]),
+        ("trace a neighbour", libc::SYS_ptrace, [u64::from(libc::PTRACE_SEIZE), neighbour, 0, 0, 0, 0]),
         ("read a neighbour's memory", libc::SYS_process_vm_readv, [neighbour, 0, 0, 0, 0, 0]),
         ("kill a neighbour", libc::SYS_kill, [neighbour, 9, 0, 0, 0, 0]),
         ("kill a neighbour's thread", libc::SYS_tgkill, [neighbour, neighbour, 9, 0, 0, 0]),

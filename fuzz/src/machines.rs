@@ -1,15 +1,17 @@
 //! Both machines of a migration against each other, with everything that can fail failing at any time, and with a peer that says
 //! anything. Neither panics; the source runs its guest again after COMMIT only on the word that the other side never will, and the
-//! destination runs it only after COMMIT; and as long as nobody lies, the guest never runs on both.
+//! destination runs it only after COMMIT; with an arbiter, only whoever won; and as long as nobody lies, the guest never runs on both.
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use arbitrary::Unstructured;
+use migrator::arbiter::{Arbiter, ArbiterError, Claimant, MemoryArbiter};
 use migrator::fuzzing::read_message;
 use migrator::handle::Resolution;
-use migrator::handoff::{Answer, DestinationHandoff, HandoffRecord, answer};
+use migrator::handoff::{Answer, DestinationState, HandoffRecord, answer};
 use migrator::layout::{RamLayout, RamRegion};
 use migrator::options::Timeouts;
 use migrator::pages::Marker;
@@ -50,6 +52,7 @@ struct World {
     commit: (bool, bool),
     /// The source was told, in any way, that the destination never will.
     given_up: bool,
+    arbiter: Option<Arc<MemoryArbiter>>,
     /// Somebody said what its machine did not.
     lied: bool,
 }
@@ -66,7 +69,9 @@ fn silent() -> ConnectError {
 
 impl World {
     fn new(how: u8) -> Self {
+        let arbiter = (how & 16 != 0).then(Arc::<MemoryArbiter>::default);
         let options = Options {
+            arbiter: arbiter.clone().map(|arbiter| arbiter as _),
             mode: if how & 1 == 0 { Mode::PreCopy } else { Mode::StopAndCopy },
             verify: how & 2 != 0,
             timeout: (how & 4 != 0).then_some(Duration::from_secs(1)),
@@ -77,7 +82,7 @@ impl World {
         let vm = VmDescription { name: "web".into(), ram, paused, facts: serde_json::Value::Null };
         let mut world = World {
             source: source::Source::new(options, &vm, "there".into()),
-            destination: destination::Destination::new(Timeouts::default(), 1),
+            destination: destination::Destination::new(Timeouts::default(), 1, arbiter.is_some()),
             now: Duration::ZERO,
             source_todo: VecDeque::new(),
             destination_todo: VecDeque::new(),
@@ -89,6 +94,7 @@ impl World {
             destination_runs: false,
             commit: (false, false),
             given_up: false,
+            arbiter,
             lied: false,
         };
         world.source(source::Event::Begin);
@@ -188,16 +194,29 @@ impl World {
                 self.source(Event::Journaled(step, if fails { Err(failed()) } else { Ok(()) }));
             }
             Action::Resume => {
-                assert!(!self.commit.0 || self.given_up, "the source runs on after COMMIT");
+                let won = self.won(Claimant::Source);
+                assert!(!self.commit.0 || self.given_up || won, "the source runs on after COMMIT");
                 self.source_runs = true;
                 self.check();
                 self.source(Event::Resumed(vm(fails)));
             }
             Action::Ask => self.ask(fails),
+            Action::Claim => self.source(Event::Claimed(self.claim(Claimant::Source, fails))),
             // The stop of streams and of the dirty log, and the end.
             _ => {}
         }
         Ok(())
+    }
+
+    /// The word of the arbiter; where it fails, it may have been won all the same.
+    fn claim(&self, claimant: Claimant, fails: bool) -> Result<Claimant, ArbiterError> {
+        let arbiter = self.arbiter.as_ref().expect("only where there is an arbiter is it asked");
+        let winner = arbiter.claim(ID, claimant)?;
+        if fails { Err(ArbiterError("injected".into())) } else { Ok(winner) }
+    }
+
+    fn won(&self, claimant: Claimant) -> bool {
+        self.arbiter.as_ref().is_some_and(|arbiter| arbiter.winner(ID) == Some(claimant))
     }
 
     fn ask(&mut self, fails: bool) {
@@ -235,6 +254,7 @@ impl World {
             }
             Action::Start => {
                 assert!(self.commit.1, "the destination starts without COMMIT");
+                assert!(self.arbiter.is_none() || self.won(Claimant::Destination), "it starts what it has not won");
                 let result = match (fails, u.arbitrary()?) {
                     (true, may_have_run) => Err(StartError { may_have_run, source: "injected".into() }),
                     (false, paused) => Ok((!paused).then_some(self.now)),
@@ -243,6 +263,7 @@ impl World {
                 self.check();
                 self.destination(Event::Started(result));
             }
+            Action::Claim => self.destination(Event::Claimed(self.claim(Claimant::Destination, fails))),
             Action::Discard => assert!(!self.destination_runs, "a VM that runs is discarded"),
             // The streams' stop, the announcement, and the end.
             _ => {}
@@ -288,7 +309,7 @@ impl World {
 
     /// A human who looks before answering.
     fn resolve(&mut self, keep: bool) {
-        let never = self.destination.handoff() == DestinationHandoff::GaveUp;
+        let never = self.destination.handoff().state() == DestinationState::GaveUp;
         if keep && never {
             self.given_up = true;
             self.source(source::Event::Resolve(Resolution::Keep));
@@ -320,7 +341,7 @@ impl World {
             11 => Message::GaveUp("so".into()),
             12 => Message::Abort("so".into()),
             13 => Message::Ask(ID),
-            14 => Message::Answer(AskAnswer::GaveUp),
+            14 => Message::Released,
             _ => {
                 let marker = Marker { round, chunks: pages, data_pages: pages, zero_pages: 0 };
                 let stream = u.int_in_range(0..=2)?;

@@ -14,6 +14,7 @@ use migrator::layout::{CHUNK_PAGES, PAGE_SIZE, PageRun, RamLayout, RamRegion};
 use migrator::pages::{FRAME_BYTES, Marker, PageFrame};
 use migrator::traits::{ConnectionReader, GuestPages, Part};
 use vm_memory::GuestAddress;
+use vmm::host::touched::Touched;
 use vmm::memory::GuestMemoryMmap;
 use vmm::memory::pages::Pages;
 use xxhash_rust::xxh3::xxh3_64;
@@ -43,7 +44,7 @@ impl Guest {
         let file = rustix::fs::memfd_create("stream", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         Self {
             layout: RamLayout::new(REGIONS.to_vec()).unwrap(),
-            pages: Pages::new(GuestMemoryMmap::from_ranges(&ranges).unwrap().into()),
+            pages: Pages::new(GuestMemoryMmap::from_ranges(&ranges).unwrap().into(), Touched::open()),
             file: file.into(),
         }
     }

@@ -25,8 +25,8 @@ fn preamble(data: &[u8]) {
     let Ok(length) = body_length(head) else { return };
     let Some(body) = rest.get(..length) else { return };
     let whole = &data[..HEAD_BYTES + length];
-    if let Ok(preamble) = Preamble::decode(body) {
-        assert_eq!(preamble.encode(), whole);
+    if let Ok((preamble, tls)) = Preamble::decode(body) {
+        assert_eq!(preamble.encode(tls), whole);
     }
     if let Ok(welcome) = Welcome::decode(body) {
         assert_eq!(welcome.encode(), whole);
