@@ -77,7 +77,8 @@ fn is_caged(host: &Host, name: &str) -> u64 {
         let inside = target.strip_prefix(&format!("{}/", host.runtime().display()));
         let good = match inside {
             Some(file) => {
-                !Path::new(&target).is_dir() && (file.starts_with("vms/web") || file.starts_with("handoffs/"))
+                !Path::new(&target).is_dir()
+                    && (["vms/web", "incoming/", "outgoing/web"].iter().any(|good| file.starts_with(good)))
             }
             None => {
                 ["/dev/kvm", "/dev/net/tun", "/dev/null", "/proc/meminfo", &format!("/proc/{pid}/pagemap")]

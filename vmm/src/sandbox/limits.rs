@@ -24,9 +24,10 @@ pub(super) fn set(own_user: bool) -> rustix::io::Result<()> {
     Ok(())
 }
 
-/// Old versions of glibc open a file to learn how many heaps are good; with a number given they do not.
+/// glibc opens a file before it gives back memory of any heap but the first (overcommit_memory), and in old versions to learn how
+/// many heaps are good. With one heap it never does; nothing here is so busy with memory that it would want more.
 pub(super) fn tame_malloc() {
-    const HEAPS: libc::c_int = 4;
+    const HEAPS: libc::c_int = 1;
     #[cfg(target_env = "gnu")]
     // SAFETY: a number for the allocator, which reads it under its own lock.
     unsafe {
