@@ -131,7 +131,7 @@ fn a_guest_that_powers_off_on_the_way_is_off() {
     let migration = on_its_way(&net, "");
     http_get(&net.observer, GUEST, "/poweroff");
     let said = migration.said();
-    assert_eq!(said.code(), 1, "{said:?}");
+    assert_eq!(said.code(), 5, "{said:?}");
     assert!(said.json()["error"].to_string().contains("powered off"), "{said:?}");
     let exit = wait_for("it is over", || Some(net.a.ps()[0]["exit"].clone()).filter(|exit| !exit.is_null()));
     assert_eq!(exit["reason"], "powered-off");
@@ -147,7 +147,7 @@ fn a_guest_that_crashes_on_the_way_has_crashed() {
     let migration = on_its_way(&net, "");
     http_get(&net.observer, GUEST, "/crash");
     let said = migration.said();
-    assert_eq!(said.code(), 1, "{said:?}");
+    assert_eq!(said.code(), 5, "{said:?}");
     assert!(said.json()["error"].to_string().contains("crashed"), "{said:?}");
     let exit = wait_for("it is over", || Some(net.a.ps()[0]["exit"].clone()).filter(|exit| !exit.is_null()));
     assert_eq!(exit["reason"], "crashed");
@@ -213,7 +213,7 @@ fn the_source_is_killed_and_the_destination_discards() {
     let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
     rustix::process::kill_process(pid, Signal::KILL).unwrap();
     let said = migration.said();
-    assert_eq!(said.code(), 1, "{said:?}");
+    assert_eq!(said.code(), 5, "{said:?}");
     net.b.is_empty();
     assert_eq!(net.a.state("web").as_deref(), Some("dead"));
     net.a.microvm("rm web").ok();
