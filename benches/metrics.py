@@ -8,6 +8,8 @@ import statistics
 from typing import NamedTuple
 
 MS = 1_000_000
+# Within so long after the blackout the guest's next answers are looked at for what it says of it.
+NEXT_NS = 50 * MS
 
 
 class Answer(NamedTuple):
@@ -110,13 +112,14 @@ def seen(answers, begin, end, period_ns, baseline_ns=500 * MS, tail_ns=300 * MS)
         return None
     blackout = longest(during)
     others = [span for span in during if span != blackout]
-    # Its own hole of the blackout comes with the first answer after it; a slow first turn may be the second.
-    in_blackout = [a.hole_ns for a in answers if blackout[1] <= a.came <= blackout[1] + 5 * MS]
-    outside = [a.hole_ns for a in answers if begin <= a.came <= end + tail_ns
-               and not blackout[1] <= a.came <= blackout[1] + 5 * MS]
+    # The hole that the blackout made comes with one of the next answers: a guest that was stopped after it had looked at its clock
+    # finishes an answer first.
+    next_ones = [a for a in answers if blackout[1] <= a.came <= blackout[1] + NEXT_NS]
+    last = max(next_ones, key=lambda a: a.hole_ns, default=None)
+    outside = [a.hole_ns for a in answers if begin <= a.came <= end + tail_ns and a is not last]
     quiet = [a.hole_ns for a in answers if begin - baseline_ns <= a.came < begin]
     hidden = hidden_ms(answers, blackout[0], blackout[1] + 5 * MS)
-    hole = max(in_blackout, default=0) / MS
+    hole = last.hole_ns / MS if last else 0.0
     return {
         "network_gap_ms": gap_ms(blackout, period_ns),
         "network_noise_ms": gap_ms(longest(before), period_ns),

@@ -65,6 +65,14 @@ class OfAnswers(unittest.TestCase):
         self.assertAlmostEqual(s["guest_hole_ms"], 6)
         self.assertAlmostEqual(s["guest_blackout_ms"], 21)
 
+    def test_the_hole_may_come_with_a_later_answer(self):
+        found = answers(2000, away=[(1100, 1120)])
+        first = next(n for n, answer in enumerate(found) if answer.hole_ns > 20 * MS)
+        found[first], found[first + 3] = found[first]._replace(hole_ns=MS), found[first + 3]._replace(hole_ns=21 * MS)
+        s = seen(found, 1000, 1200)
+        self.assertAlmostEqual(s["guest_blackout_ms"], 21)
+        self.assertAlmostEqual(s["hole_outside_ms"], 1)
+
     def test_the_longest_stall_is_not_the_blackout(self):
         s = seen(answers(2000, away=[(1050, 1055), (1100, 1120)]), 1000, 1200)
         self.assertAlmostEqual(s["network_gap_ms"], 20)
