@@ -1,4 +1,4 @@
-//! Which system calls each kind of thread makes: the list that docs/sandbox.md shows; a test compares them.
+//! Which system calls each kind of thread makes: the list that docs/sandbox.md shows.
 //!
 //! No thread opens a file, starts a program, changes its user, signals another process, or makes memory executable. What the C
 //! library calls by itself differs by version, so [`common`] has more than any one version makes.
