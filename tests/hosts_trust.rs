@@ -77,7 +77,6 @@ fn three_commands_make_two_hosts_trust_each_other() {
     b.start_agent("");
     a.moves("web", &b, "");
     b.moves("web", &a, "");
-    // The journal names the host, not its address.
     a.microvm("trust init").refused(1, &["belongs to the fleet lab already"]);
     b.microvm("trust issue host3").refused(1, &["not the CA's host"]);
     b.microvm("trust rotate").refused(1, &["microvm trust issue host2"]);
@@ -128,8 +127,14 @@ fn who_is_not_trusted_and_what_the_user_reads() {
     does_not_go(a, b, "--insecure-plaintext", &["encrypted connections only", "microvm trust issue"]);
     // A host that its certificate does not name.
     b.ns.ip("addr add 10.77.0.22/24 dev br0");
+    let elsewhere = b.start("agent --listen 10.77.0.22:7437");
+    wait_until("it listens", || b.ns.run("ss", "-Hltn").ok().contains("10.77.0.22:7437"));
     let said = a.microvm("migrate web --to 10.77.0.22");
-    said.refused(1, &["10.77.0.22:7437"]);
+    drop(elsewhere);
+    said.refused(
+        1,
+        &["10.77.0.22:7437 is not trusted", "is for host2, 10.77.0.2,", "not for 10.77.0.22", "--address 10.77.0.22"],
+    );
 
     // Our certificate has expired: said before anything is dialled.
     let host = a.config().join("trust/host.pem");
@@ -299,6 +304,11 @@ fn a_migration_is_nobody_elses_to_ask_about() {
             assert_eq!(request::ask(&*as_host2, id, common::PATIENCE).unwrap(), AskAnswer::Running);
             let error = request::ask(&*as_host3, id, common::PATIENCE).unwrap_err().to_string();
             assert!(error.contains("is not one of host3"), "{error}");
+            // Of an attempt that never was, everybody hears the same, whoever asked first.
+            let never = migrator::MigrationId([5; 16]);
+            for dialer in [&as_host3, &as_host2] {
+                assert_eq!(request::ask(&**dialer, never, common::PATIENCE).unwrap(), AskAnswer::GaveUp);
+            }
         })
         .join()
         .unwrap();

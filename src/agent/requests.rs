@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use migrator::driver::request::{AskAnswer, Offer, Pull, Pulling, Requests};
-use migrator::handoff::{self, Answer, HandoffRecord};
+use migrator::handoff::{self, Answer, HandoffRecord, Step};
 use migrator::journal::{FileJournal, JournalError};
 use migrator::traits::{Durability, Journal, Refusal};
 use migrator::transport::tls::Identity;
@@ -186,7 +186,9 @@ impl<'a> Handler<'a> {
     fn what_became_of(&self, id: MigrationId) -> Result<Option<AskAnswer>> {
         let path = self.agent.runtime.journals.incoming(id)?;
         let anothers = |records: &[HandoffRecord]| {
-            records.iter().any(|record| record.id == id && is_anothers(&record.peer, self.identity.as_ref()))
+            // A tombstone names who asked, not whose it was: whatever became of that attempt, it never will, for anybody.
+            let mut begun = records.iter().filter(|record| record.id == id && record.step != Step::GaveUp);
+            begun.any(|record| is_anothers(&record.peer, self.identity.as_ref()))
         };
         let answer = match FileJournal::open(&path) {
             Err(JournalError::InUse(_)) => match FileJournal::read(&path)? {
