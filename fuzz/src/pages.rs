@@ -2,9 +2,10 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use arbitrary::{Arbitrary, Unstructured};
@@ -31,30 +32,32 @@ pub fn run(data: &[u8]) {
     GUEST.with_borrow_mut(|guest| guest.receive(&stream, mode & 2 == 0));
 }
 
-/// A memory for all runs, and a file in the place of a socket.
+/// A memory for all runs.
 struct Guest {
     layout: RamLayout,
     pages: Pages,
-    file: std::fs::File,
 }
 
 impl Guest {
     fn new() -> Self {
         let ranges = REGIONS.map(|region| (GuestAddress(region.gpa), region.bytes as usize));
-        let file = rustix::fs::memfd_create("stream", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         Self {
             layout: RamLayout::new(REGIONS.to_vec()).unwrap(),
             pages: Pages::new(GuestMemoryMmap::from_ranges(&ranges).unwrap().into(), Touched::open()),
-            file: file.into(),
         }
     }
 
     fn receive(&mut self, bytes: &[u8], direct: bool) {
-        self.file.set_len(0).unwrap();
-        self.file.rewind().unwrap();
-        self.file.write_all(bytes).unwrap();
-        self.file.rewind().unwrap();
-        let mut stream = Stream { file: self.file.try_clone().unwrap(), direct };
+        let (socket, mut peer) = UnixStream::pair().unwrap();
+        // All of it fits into the socket's buffer, or the stream ends where it does not.
+        peer.set_nonblocking(true).unwrap();
+        let mut length = 0;
+        while let Ok(written @ 1..) = peer.write(&bytes[length..]) {
+            length += written;
+        }
+        drop(peer);
+        let bytes = &bytes[..length];
+        let mut stream = Stream { socket, direct };
         let (markers, end) = receive_pages(&mut stream, &Memory { layout: &self.layout, pages: &self.pages });
         assert!(end.is_err(), "a stream has no good end of its own");
         let (expected, expected_markers) = naive(bytes, &self.layout);
@@ -167,13 +170,13 @@ fn bits(u: &mut Unstructured<'_>) -> arbitrary::Result<ChunkBits> {
 }
 
 struct Stream {
-    file: std::fs::File,
+    socket: UnixStream,
     direct: bool,
 }
 
 impl Read for Stream {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        self.file.read(into)
+        self.socket.read(into)
     }
 }
 
@@ -183,7 +186,7 @@ impl ConnectionReader for Stream {
     }
 
     fn socket(&self) -> Option<BorrowedFd<'_>> {
-        self.direct.then(|| self.file.as_fd())
+        self.direct.then(|| self.socket.as_fd())
     }
 }
 
