@@ -88,7 +88,10 @@ pub fn main() -> Result<u8> {
     let start: Start = serde_json::from_str(&text).context("the VM's description is damaged")?;
     vmm::sandbox::close_all_but(start.arrival.as_ref().map(|arrival| arrival.connections))
         .context("descriptors cannot be closed")?;
-    let prepared = prepare(start).and_then(|prepared| Ok((prepared, keeper::fork().context("it has no keeper")?)));
+    let prepared = prepare(start).and_then(|prepared| match keeper::fork().context("a VM's keeper cannot be made") {
+        Ok(side) => Ok((prepared, side)),
+        Err(error) => prepared.dir.remove().and(Err(error)),
+    });
     let (Prepared { start, dir, lock, journal, runtime, taps, unplug, connections }, side) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
