@@ -47,7 +47,8 @@ impl Costs {
     /// All of them. The messages that must follow one another are the state, PREPARED and COMMIT: three ways.
     pub fn total(&self) -> Duration {
         let Self { pause, collect, save, rtt, load, journal_here, journal_there } = *self;
-        pause + collect + save + rtt * 3 / 2 + load + journal_here + journal_there
+        // The source writes its journal while the destination loads.
+        pause + collect + save + (rtt + load).max(journal_here) + rtt / 2 + journal_there
     }
 }
 

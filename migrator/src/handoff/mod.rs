@@ -4,8 +4,8 @@
 //! can be compared, hashed and copied, so that a model checker drives the very code that ships. The rules, in full in
 //! `docs/failure-model.md`:
 //!
-//! - The source sends COMMIT at most once, after PREPARED came and its decision is durable. From then on it runs the VM
-//!   again only if it hears that the destination gave this attempt up for good (or a human says so).
+//! - The source sends COMMIT at most once, after PREPARED came and its decision is durable. (It writes that down while the
+//!   destination loads: it only says that COMMIT may have been sent.) From then on it runs the VM again only if it hears that the destination gave this attempt up for good (or a human says so).
 //! - The destination runs the VM only after COMMIT came and that is durable. It gives up for good when it loses the
 //!   source before COMMIT; that is durable before anyone hears of it, and a later COMMIT is refused.
 //! - An attempt is named by a random id, so no message and no record can be taken for another attempt's.

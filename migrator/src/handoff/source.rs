@@ -7,6 +7,8 @@ use crate::handle::Resolution;
 /// What happens to the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SourceEvent {
+    /// The state was sent, after all pages: the destination loads it now.
+    StateSent,
     /// PREPARED came.
     Prepared,
     /// The record that was asked for is on stable storage, or (false) could not be written.
@@ -50,8 +52,13 @@ pub enum SourceState {
     /// The VM is ours and may run.
     #[default]
     Open,
-    /// PREPARED came; the decision is being journaled. COMMIT has not been sent.
-    Deciding,
+    /// The destination loads, and meanwhile the decision is being journaled. COMMIT has not been sent.
+    Deciding {
+        /// PREPARED came.
+        prepared: bool,
+    },
+    /// The decision is journaled. PREPARED has not come, so COMMIT has not been sent.
+    Decided,
     /// COMMIT may have been sent. The VM is paused and stays so.
     Committed {
         /// Nothing was heard in time: we are asking.
@@ -92,17 +99,23 @@ impl SourceHandoff {
         use SourceState as S;
         let keep = || (S::Kept, vec![Journal(Step::Kept), Resume]);
         let (next, actions) = match (self.state, event) {
-            (S::Open, SourceEvent::Prepared) => (S::Deciding, vec![Journal(Step::Decided)]),
-            (S::Deciding, SourceEvent::Journaled(Step::Decided, true)) => {
+            // Early, so that the disk works while the destination loads: `Decided` only says that COMMIT may have been sent.
+            (S::Open, SourceEvent::StateSent) => (S::Deciding { prepared: false }, vec![Journal(Step::Decided)]),
+            (S::Deciding { prepared: false }, SourceEvent::Prepared) => (S::Deciding { prepared: true }, vec![]),
+            (S::Deciding { prepared: false }, SourceEvent::Journaled(Step::Decided, true)) => (S::Decided, vec![]),
+            (S::Deciding { prepared: true }, SourceEvent::Journaled(Step::Decided, true))
+            | (S::Decided, SourceEvent::Prepared) => {
                 (S::Committed { in_doubt: false }, vec![Send(HandoffMessage::Commit)])
             }
             // COMMIT was not sent, so the VM may run at once. A record that says `Decided` only makes a restarted source ask.
-            (S::Open | S::Deciding, SourceEvent::Abort)
-            | (S::Deciding, SourceEvent::Journaled(Step::Decided, false)) => {
+            (S::Open | S::Deciding { .. } | S::Decided, SourceEvent::Abort)
+            | (S::Deciding { .. }, SourceEvent::Journaled(Step::Decided, false)) => {
                 (S::Kept, vec![Resume, Send(HandoffMessage::Abort), Journal(Step::Kept)])
             }
             // The destination gave up by itself; the same, and nobody to tell.
-            (S::Open | S::Deciding, SourceEvent::GaveUp) => (S::Kept, vec![Resume, Journal(Step::Kept)]),
+            (S::Open | S::Deciding { .. } | S::Decided, SourceEvent::GaveUp) => {
+                (S::Kept, vec![Resume, Journal(Step::Kept)])
+            }
 
             (S::Committed { in_doubt: false }, SourceEvent::Silence) => (S::Committed { in_doubt: true }, vec![Ask]),
             (S::Committed { .. }, SourceEvent::Running) => (S::Released, vec![Journal(Step::Released), Release]),
@@ -139,7 +152,7 @@ impl SourceHandoff {
 
     /// Whether it can still be stopped.
     pub fn can_abort(self) -> bool {
-        matches!(self.state, SourceState::Open | SourceState::Deciding)
+        matches!(self.state, SourceState::Open | SourceState::Deciding { .. } | SourceState::Decided)
     }
 
     /// Whether COMMIT may have been sent and nothing was heard in time.
@@ -154,6 +167,6 @@ impl SourceHandoff {
 
     /// Whether the VM may run here.
     pub fn may_run(self) -> bool {
-        matches!(self.state, SourceState::Open | SourceState::Deciding | SourceState::Kept)
+        self.can_abort() || self.state == SourceState::Kept
     }
 }

@@ -62,8 +62,16 @@ fn destination(arbiter: bool, events: &[DestinationEvent]) -> (DestinationHandof
 fn a_usual_handoff() {
     use {DestinationAction as D, DestinationEvent as E, SourceAction as S};
     let written = |step| SourceEvent::Journaled(step, true);
-    let (machine, actions) =
-        source(false, &[SourceEvent::Prepared, written(Step::Decided), SourceEvent::Running, written(Step::Released)]);
+    let (machine, actions) = source(
+        false,
+        &[
+            SourceEvent::StateSent,
+            written(Step::Decided),
+            SourceEvent::Prepared,
+            SourceEvent::Running,
+            written(Step::Released),
+        ],
+    );
     assert_eq!(machine.state(), SourceState::Released);
     assert_eq!(
         actions,
@@ -110,15 +118,27 @@ fn a_usual_handoff() {
 
 #[test]
 fn released_is_not_said_before_it_is_on_record() {
-    let (mut machine, _) =
-        source(false, &[SourceEvent::Prepared, SourceEvent::Journaled(Step::Decided, true), SourceEvent::Running]);
+    let (mut machine, _) = source(
+        false,
+        &[
+            SourceEvent::StateSent,
+            SourceEvent::Journaled(Step::Decided, true),
+            SourceEvent::Prepared,
+            SourceEvent::Running,
+        ],
+    );
     assert_eq!(machine.on(SourceEvent::Journaled(Step::Released, false)), []);
     assert_eq!(machine.state(), SourceState::Released);
 }
 
 #[test]
 fn claims() {
-    let doubt = [SourceEvent::Prepared, SourceEvent::Journaled(Step::Decided, true), SourceEvent::Silence];
+    let doubt = [
+        SourceEvent::StateSent,
+        SourceEvent::Journaled(Step::Decided, true),
+        SourceEvent::Prepared,
+        SourceEvent::Silence,
+    ];
     let (in_doubt, _) = source(true, &doubt);
     for due in [SourceEvent::ClaimDue, SourceEvent::Resolve(Resolution::Keep)] {
         let mut machine = in_doubt;

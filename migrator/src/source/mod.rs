@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::arbiter::{ArbiterError, Claimant};
 use crate::error::MigrateError;
 use crate::handle::Resolution;
-use crate::handoff::{HandoffMessage, SourceAction, SourceEvent, SourceHandoff, SourceState, Step};
+use crate::handoff::{HandoffMessage, SourceAction, SourceEvent, SourceHandoff, Step};
 use crate::options::{Mode, Options};
 use crate::pages::Marker;
 use crate::precopy::{Precopy, Verdict};
@@ -385,7 +385,7 @@ impl Source {
                 self.hand(SourceEvent::Prepared);
             }
 
-            // Commit: `journaled` sends COMMIT.
+            // Commit.
             (S::Committed, Event::Message(Message::Running(running))) => {
                 self.account.running(running);
                 self.hand(SourceEvent::Running);
@@ -475,6 +475,7 @@ impl Source {
         }
         self.account.saved(hashing);
         self.act(Action::Send(Message::State(StateMessage { round: self.account.round(), ram_hash, sections })));
+        self.hand(SourceEvent::StateSent);
         Ok(())
     }
 
@@ -483,13 +484,6 @@ impl Source {
         match (step, result) {
             (Step::Sending, Ok(())) => {
                 self.precopy.costs.journal_here = self.account.now.saturating_sub(self.journal_began);
-            }
-            (Step::Decided, Ok(())) if self.handoff.state() == SourceState::Deciding => {
-                self.account.phase("decide-journal");
-                self.enter(
-                    State::Committed,
-                    Some((self.options.timeouts.running, "the destination's word that it runs")),
-                );
             }
             // Before COMMIT a journal that cannot be written ends the attempt; later it changes nothing any more.
             (Step::Sending, Err(error)) => return self.fail(MigrateError::Journal(error)),
@@ -611,7 +605,12 @@ impl Source {
                     self.act(Action::Send(Message::Abort(reason)));
                 }
                 SourceAction::Send(HandoffMessage::Released) => self.act(Action::Send(Message::Released)),
-                SourceAction::Send(_) => self.act(Action::Send(Message::Commit)),
+                SourceAction::Send(_) => {
+                    self.account.phase("decide-journal");
+                    let limit = self.options.timeouts.running;
+                    self.enter(State::Committed, Some((limit, "the destination's word that it runs")));
+                    self.act(Action::Send(Message::Commit));
+                }
                 SourceAction::Resume if self.paused_here => self.act(Action::Resume),
                 SourceAction::Resume | SourceAction::Release => {}
                 SourceAction::Ask => {

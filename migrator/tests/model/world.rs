@@ -215,7 +215,7 @@ impl World {
         world
     }
 
-    /// An attempt begins, at its switchover: all that comes before ends as `SourceAborts` does.
+    /// An attempt begins, with its state being sent: all that comes before ends as `SourceAborts` does.
     fn begin(&mut self, rules: &Rules) {
         (self.here, self.runs_here) = (Here::Up, false);
         let mut source_records = Records::default();
@@ -235,6 +235,7 @@ impl World {
             said_gave_up: false,
             claims: Claims::default(),
         });
+        self.source(rules, self.current(), SourceEvent::StateSent);
     }
 
     /// The attempt that the source is about.

@@ -22,9 +22,13 @@ pub struct Projection {
 }
 
 impl Projection {
-    /// Sees only what both have: the model begins at the switchover, and its attempts have always been recorded as begun.
+    /// Sees only what both have: the model begins when the state is sent, and its attempts have always been recorded as begun.
     fn common(mut self) -> Self {
-        if matches!(self.source, Some(SourceState::Open | SourceState::Deciding)) {
+        use SourceState::{Decided, Deciding, Open};
+        if self.source == Some(Open) {
+            self.source = Some(Deciding { prepared: false });
+        }
+        if matches!(self.source, Some(Deciding { .. } | Decided)) {
             self.runs_here = false;
         }
         self.source_records.add(Step::Sending);
