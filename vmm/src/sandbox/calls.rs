@@ -249,7 +249,7 @@ mod tests {
                 (None, []) => all.push(call.name.to_string()),
                 (Some(_), []) => {}
                 (_, more) => {
-                    all.push(format!("{} ({})", call.name, more.iter().map(|w| **w).collect::<Vec<_>>().join(", ")))
+                    all.push(format!("{} ({})", call.name, more.iter().map(|w| **w).collect::<Vec<_>>().join(", ")));
                 }
             }
         }
