@@ -16,6 +16,10 @@ fn there_and_back(net: &Net, pulse: &Pulse, more: &str) {
         from.moves(&pulse.name, to, &format!("--verify {more}"));
         pulse.is_well(to);
         from.is_empty();
+        let arrivals = to.runtime().join("incoming");
+        wait_until("the journal that nobody will ask about is removed", || {
+            arrivals.read_dir().is_ok_and(|mut journals| journals.next().is_none())
+        });
     }
 }
 

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 
 use crate::cli::StopArgs;
 use crate::client::{self, Conversation};
+use crate::machine::Exit;
 use crate::machine::view::{Answer, Request};
 use crate::runtime::Runtime;
 
@@ -24,10 +25,13 @@ pub fn stop(runtime: &Runtime, name: &str, patience: Duration) -> Result<String>
     let request = Request::Stop { patience_ms: patience.as_millis() as u64 };
     let mut conversation = Conversation::ask(runtime, name, &request)?;
     conversation.be_patient(patience + Duration::from_secs(30))?;
-    let exit = match conversation.next()? {
-        Answer::Exit(exit) => exit,
-        other => bail!("unexpected answer: {other:?}"),
-    };
+    let answer = conversation.next();
     client::wait_until_let_go(runtime, name)?;
+    let exit = match answer {
+        Ok(Answer::Exit(exit)) => exit,
+        Ok(other) => bail!("unexpected answer: {other:?}"),
+        // It may have ended by itself just now.
+        Err(error) => Exit::read(&runtime.vm(name)?)?.ok_or(error)?,
+    };
     Ok(exit.sentence(name))
 }

@@ -56,6 +56,7 @@ fn serve_client(machine: &Arc<Machine>, host: &Arc<Host>, client: UnixStream) ->
     };
     let mut line = String::new();
     BufReader::new(client.take(MAX_REQUEST_BYTES)).read_line(&mut line)?;
+    let _asks = machine.client();
     match serde_json::from_str(&line) {
         Err(error) => send(&Answer::Error(format!("the request cannot be read: {error}"))),
         Ok(request) => match answer(machine, host, request, &mut send) {

@@ -11,6 +11,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
+use migrator::MigrationId;
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
 use serde::{Deserialize, Serialize};
 use vmm::devices::virtio::Unplug;
@@ -30,6 +31,8 @@ enum Note {
     Started(Started),
     /// The VM is this host's: its folder stays when it dies.
     Owned,
+    /// The source of the migration that brought it has let go: nobody will ask about that attempt any more.
+    Released,
     /// How it ended.
     Ended(Exit),
 }
@@ -98,6 +101,11 @@ impl ToKeeper {
         self.note(&Note::Owned);
     }
 
+    /// The journal of the migration that brought the VM is not needed any more.
+    pub fn released(&self) {
+        self.note(&Note::Released);
+    }
+
     /// It has ended.
     pub fn ended(&self, exit: &Exit) {
         self.note(&Note::Ended(exit.clone()));
@@ -106,8 +114,15 @@ impl ToKeeper {
 
 impl Keeper {
     /// Waits for the end of the VM, and tidies up: bridges first, then the folder; `lock` goes last, so that whoever waits for it
-    /// finds everything done. Returns the exit code of the VM's process.
-    pub fn keep(self, dir: &VmDir, runtime: &Runtime, lock: VmLock, unplug: Vec<Unplug>) -> Result<u8> {
+    /// finds everything done. `arrival` is the migration that brings the VM. Returns the exit code of the VM's process.
+    pub fn keep(
+        self,
+        dir: &VmDir,
+        runtime: &Runtime,
+        lock: VmLock,
+        unplug: Vec<Unplug>,
+        arrival: Option<MigrationId>,
+    ) -> Result<u8> {
         // Who ends a VM ends its process. A signal for all of them is not for this one.
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
             // SAFETY: ignoring a signal runs no code of ours.
@@ -124,6 +139,11 @@ impl Keeper {
                     owned = true;
                     // The journal says as well that it runs here.
                     let _ = fs::remove_file(dir.arriving());
+                }
+                Ok(Note::Released) => {
+                    if let Some(journal) = arrival.and_then(|id| runtime.journals.incoming(id).ok()) {
+                        let _ = fs::remove_file(journal);
+                    }
                 }
                 Ok(Note::Ended(end)) => exit = Some(end),
                 Ok(Note::Started(_)) | Err(_) => {}

@@ -136,7 +136,19 @@ struct Status {
     /// The VM is being taken down.
     ending: bool,
     exit: Option<Exit>,
+    /// So many have asked something and wait for the answer.
+    clients: usize,
     boot: u64,
+}
+
+/// Somebody who has asked something.
+struct Client<'a>(&'a Machine);
+
+impl Drop for Client<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.status).clients -= 1;
+        self.0.changed.notify_all();
+    }
 }
 
 /// A VM and what the process knows of it.
@@ -181,6 +193,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn in_words(event: &GuestEvent) -> String {
+    match event {
+        GuestEvent::PowerOff => "the guest powered off".into(),
+        GuestEvent::Reset => "the guest rebooted".into(),
+        GuestEvent::Crashed(why) => format!("the guest crashed: {why}"),
+        GuestEvent::Panicked => "the guest's kernel panicked".into(),
+    }
+}
+
 impl Machine {
     /// A machine without a VM.
     pub fn new(
@@ -197,6 +218,7 @@ impl Machine {
             last_migration: None,
             ending: false,
             exit: None,
+            clients: 0,
             boot: 0,
         };
         Arc::new(Machine {
@@ -282,17 +304,13 @@ impl Machine {
                 _ => return,
             }
         }
+        tracing::info!("{}", in_words(&event));
         self.send(Event::Guest { boot, event });
     }
 
     /// Why the guest is at its end, if it is.
     pub fn guest_ended(&self) -> Option<String> {
-        lock(&self.status).guest_end.as_ref().map(|end| match end {
-            GuestEvent::PowerOff => "the guest powered off".into(),
-            GuestEvent::Reset => "the guest rebooted".into(),
-            GuestEvent::Crashed(why) => format!("the guest crashed: {why}"),
-            GuestEvent::Panicked => "the guest panicked".into(),
-        })
+        lock(&self.status).guest_end.as_ref().map(in_words)
     }
 
     /// Takes part in a migration until [`Self::end_migration`]; refused while another one runs.
@@ -388,6 +406,17 @@ impl Machine {
     /// Waits until the VM has ended here, for no longer than `patience`.
     fn wait_exit(&self, patience: Duration) -> Option<Exit> {
         self.wait_until(patience, |status| status.exit.is_some())
+    }
+
+    /// Somebody asks, for as long as the result lives.
+    fn client(&self) -> Client<'_> {
+        lock(&self.status).clients += 1;
+        Client(self)
+    }
+
+    /// Waits until everybody who asked has an answer, for no longer than `patience`.
+    fn wait_for_clients(&self, patience: Duration) {
+        self.wait_until(patience, |status| status.clients == 0);
     }
 
     fn set_ending(&self) {

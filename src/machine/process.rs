@@ -13,6 +13,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -76,8 +77,8 @@ pub enum Started {
     Failed(String),
 }
 
-/// After the guest's end, clients that wait for the answer get this long.
-const FAREWELL: Duration = Duration::from_millis(100);
+/// After the guest's end, clients are answered for no longer than this.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// The whole life. The result is the process's exit code.
 pub fn main() -> Result<u8> {
@@ -102,9 +103,10 @@ pub fn main() -> Result<u8> {
     let keeper = match side {
         Side::Keeper(keeper) => {
             drop((taps, connections, journal));
-            return keeper.keep(&dir, &runtime, lock, unplug);
+            let arrival = start.arrival.as_ref().map(|arrival| arrival.offer.id);
+            return keeper.keep(&dir, &runtime, lock, unplug, arrival);
         }
-        Side::Vm(keeper) => keeper,
+        Side::Vm(keeper) => Arc::new(keeper),
     };
     keeper::close_stdout();
     unplug.into_iter().for_each(std::mem::forget);
@@ -173,7 +175,7 @@ fn live(
     outgoing: FileJournal,
     taps: Vec<Tap>,
     handed_over: Option<UnixStream>,
-    keeper: &ToKeeper,
+    keeper: &Arc<ToKeeper>,
 ) -> Result<Exit> {
     let Start { spec, arrival, cage } = start;
     let host = Arc::new(Host::open()?);
@@ -236,7 +238,7 @@ fn until_the_end(machine: &Arc<Machine>, host: &Arc<Host>, inbox: &Receiver<Even
     keeper.ended(&exit);
     machine.console.close();
     machine.set_exit(exit.clone());
-    std::thread::sleep(FAREWELL);
+    machine.wait_for_clients(FAREWELL);
     Ok(exit)
 }
 
@@ -253,7 +255,7 @@ fn receive(
     arrival: Arrival,
     handed_over: UnixStream,
     mut journal: FileJournal,
-    keeper: &ToKeeper,
+    keeper: &Arc<ToKeeper>,
 ) -> Result<()> {
     let Arrival { offer, from, connections: _, dead_after, link, boot_folders: _ } = arrival;
     let timeouts = Timeouts::with_dead_after(dead_after);
@@ -272,8 +274,16 @@ fn receive(
     machine.end_migration(None);
     // The agent sees that it need not keep its end.
     let _ = no_more.shutdown(Shutdown::Both);
-    let Received { description, announce, announcing: _, released: _ } = result.context("the VM was not received")?;
+    let Received { description, announce, announcing: _, released } = result.context("the VM was not received")?;
     tracing::info!(name = description.name, ?announce, "received");
+    let keeper = keeper.clone();
+    let tell = move || {
+        if released.and_then(|heard| heard.join().ok()) == Some(true) {
+            keeper.released();
+        }
+    };
+    // Without that thread the journal stays, and does no harm.
+    let _ = thread::Builder::new().name("released".into()).spawn(tell);
     Ok(())
 }
 
@@ -298,7 +308,7 @@ fn main_loop(machine: &Arc<Machine>, host: &Arc<Host>, inbox: &Receiver<Event>) 
                 }
             }
             Event::Guest { boot, .. } if boot != lock(&machine.status).boot => {}
-            Event::Guest { event: GuestEvent::Panicked, .. } => tracing::warn!("the guest's kernel panicked"),
+            Event::Guest { event: GuestEvent::Panicked, .. } => {}
             // While it is on its way the migration sees the end itself, fails, and brings us back here.
             Event::Guest { .. } if machine.migration().is_some() => {}
             Event::Guest { .. } => {
@@ -333,7 +343,6 @@ fn pending_end(machine: &Arc<Machine>, host: &Arc<Host>) -> Result<Option<Exit>>
         Some(GuestEvent::Crashed(why)) => Some(Exit::Crashed(why)),
         Some(GuestEvent::Reset) if panicked => Some(Exit::Panicked),
         Some(GuestEvent::Reset) => {
-            tracing::info!("the guest reboots");
             machine.drop_vm();
             match machine.boot(host) {
                 Ok(()) => None,

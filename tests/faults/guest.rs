@@ -3,7 +3,7 @@
 use libtest_mimic::Trial;
 
 use crate::common::guest::http_get;
-use crate::common::wait_for;
+use crate::common::wait_until;
 use crate::world::{GUEST, Side, VM, World};
 
 /// Steps at which the guest runs, and on which host.
@@ -17,26 +17,27 @@ const PHASES: [(&str, Side); 5] = [
 
 /// All cases.
 pub fn trials() -> Vec<Trial> {
-    let ends = ["poweroff", "crash", "reboot"];
+    let ends =
+        [("poweroff", "the guest powered off"), ("crash", "the guest crashed"), ("reboot", "the guest rebooted")];
     let cases = PHASES.into_iter().flat_map(|phase| ends.map(|end| (phase, end)));
     cases
-        .map(|((step, side), end)| {
+        .map(|((step, side), (end, logged))| {
             let name = format!("{}/guest-{end}", step.replace(' ', "."));
-            crate::trial(name, move |world| case(world, step, side, end))
+            crate::trial(name, move |world| case(world, step, side, end, logged))
         })
         .collect()
 }
 
-fn case(world: &mut World, step: &str, side: Side, end: &str) {
+fn case(world: &mut World, step: &str, side: Side, end: &str, logged: &str) {
     world.boot();
     world.hook.arm(step);
     let migration = world.migrate();
     world.hook.wait();
     http_get(&world.net.observer, GUEST, &format!("/{end}"));
-    // The guest does it a moment after it has said so: its console's last word, or the first of its next life.
-    wait_for("the guest does as it was told", || {
-        let log = world.host(side).runtime().join("vms").join(VM).join("console.log");
-        std::fs::read_to_string(log).ok().filter(|text| text.contains(&format!("\"event\":\"{end}\"")))
+    // It does so a moment after it has said it.
+    wait_until("the guest does as it was told", || {
+        let log = world.host(side).runtime().join("vms").join(VM).join("vm.log");
+        std::fs::read_to_string(log).is_ok_and(|text| text.contains(logged))
     });
     world.hook.answer("go");
     let said = migration.said();
