@@ -15,7 +15,7 @@ const GUEST: &str = "10.77.0.10";
 fn large(host: &Host) -> Pulse {
     host.pulse("web", &format!("--memory 128M --net bridge=br0,ip={GUEST}/24"), "ws=64M rate=1M")
 }
-const SLOWLY: &str = "--bandwidth 8M";
+const SLOWLY: &str = "--bandwidth 4M";
 
 /// Starts a slow migration and waits until pages flow.
 fn on_its_way(net: &Net, more: &str) -> Running {

@@ -8,8 +8,9 @@ use std::os::unix::fs::PermissionsExt;
 
 use common::net::{Host, Net, hosts};
 use common::trust::{dialer, member, sections};
-use common::{no_hosts, skip, wait_until};
+use common::{no_hosts, skip, wait_for, wait_until};
 use migrator::driver::request::{self, AskAnswer};
+use rustix::process::Signal;
 use serde_json::json;
 
 fn two_hosts() -> Option<Net> {
@@ -287,13 +288,11 @@ fn pem_line(key: &pem::Pem) -> &'static [u8] {
 #[test]
 fn a_migration_is_nobody_elses_to_ask_about() {
     let Some(net) = hosts() else { return };
-    net.b.pulse("web", "--memory 64M", "ws=1M rate=1M");
-    net.b.moves("web", &net.a, "");
-    let journals: Vec<_> = ["handoffs", "incoming"]
-        .iter()
-        .flat_map(|dir| fs::read_dir(net.a.runtime().join(dir)).into_iter().flatten().flatten())
-        .collect();
-    let [journal] = journals.as_slice() else { panic!("{journals:?}") };
+    net.b.pulse("web", "--memory 64M", "ws=16M rate=1M");
+    let migration = net.b.start("migrate web --to 10.77.0.1 --bandwidth 1M --json");
+    let journal = wait_for("the migration's journal", || {
+        fs::read_dir(net.a.runtime().join("incoming")).ok()?.find_map(Result::ok)
+    });
     let id = journal.file_name().to_str().unwrap().parse().unwrap();
     let before = fs::read(journal.path()).unwrap();
     let (host2, host3) = (member(&net.a, "host2", "10.77.0.2"), member(&net.a, "host3", "10.77.0.3"));
@@ -301,7 +300,7 @@ fn a_migration_is_nobody_elses_to_ask_about() {
     net.b
         .ns
         .within(move || {
-            assert_eq!(request::ask(&*as_host2, id, common::PATIENCE).unwrap(), AskAnswer::Running);
+            assert_eq!(request::ask(&*as_host2, id, common::PATIENCE).unwrap(), AskAnswer::Pending);
             let error = request::ask(&*as_host3, id, common::PATIENCE).unwrap_err().to_string();
             assert!(error.contains("is not one of host3"), "{error}");
             // Of an attempt that never was, everybody hears the same, whoever asked first.
@@ -313,6 +312,8 @@ fn a_migration_is_nobody_elses_to_ask_about() {
         .join()
         .unwrap();
     assert_eq!(fs::read(journal.path()).unwrap(), before);
+    migration.signal(Signal::INT);
+    assert_eq!(migration.said().code(), 3);
 }
 
 /// Writes a host's policy. Agents read it with the next request.
@@ -417,7 +418,7 @@ fn pulling_a_vm() {
     // Ctrl-C there stops it.
     let running = b.start("pull web --from 10.77.0.1 --bandwidth 1M --json");
     wait_until("the VM is on its way", || a.inspect("web")["migration"]["phase"] == "pre-copy");
-    running.signal(rustix::process::Signal::INT);
+    running.signal(Signal::INT);
     let said = running.said();
     assert_eq!((said.code(), said.json()["outcome"].as_str()), (3, Some("cancelled")), "{said:?}");
     assert!(said.stderr.contains("web runs on at 10.77.0.1"), "{said:?}");
@@ -427,7 +428,7 @@ fn pulling_a_vm() {
     // Whoever pulls may die: the migration goes on.
     let running = b.start("pull web --from 10.77.0.1 --bandwidth 8M");
     wait_until("the VM is on its way", || a.inspect("web")["migration"]["phase"] == "pre-copy");
-    running.signal(rustix::process::Signal::KILL);
+    running.signal(Signal::KILL);
     drop(running);
     wait_until("the VM arrives", || b.state("web").as_deref() == Some("running"));
     wait_until("the source lets go", || a.state("web").is_none());
