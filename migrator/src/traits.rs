@@ -327,6 +327,17 @@ pub trait ConnectionWriter: Write + Send {
     /// The socket, if the stream's bytes are its bytes: then pages go from guest memory to the socket directly.
     fn socket(&self) -> Option<BorrowedFd<'_>>;
 
+    /// Takes as many bytes as can be sent without waiting, and says how many. Of those, some may go out only with the next
+    /// write, or with a flush, if they [wait](Self::waits). By default it takes none.
+    fn write_now(&mut self, _bytes: &[u8]) -> io::Result<usize> {
+        Ok(0)
+    }
+
+    /// Whether bytes that were taken wait for a flush.
+    fn waits(&self) -> bool {
+        false
+    }
+
     /// Says that nothing more will come; what was written still arrives.
     fn finish(&self) -> io::Result<()>;
 }

@@ -326,8 +326,8 @@ impl Vm {
         let set = kvm_clock_data { clock: clock.clock.saturating_add(passed_ns), ..Default::default() };
         self.fd.set_clock(&set).map_err(kvm("KVM_SET_CLOCK"))?;
         let passed = Passed { then: clock, now: self.fd.get_clock().map_err(kvm("KVM_GET_CLOCK"))? };
-        for (vcpu, state) in self.vcpus.iter().zip(&vcpus) {
-            vcpu_state::restore(vcpu.id(), &vcpu.fd(), state, &passed)?;
+        for ((vcpu, state), told) in self.vcpus.iter().zip(&vcpus).zip(&self.cpu.cpuid) {
+            vcpu_state::restore(vcpu.id(), &vcpu.fd(), told, state, &passed)?;
         }
         let tsc_khz = vcpus.first().map_or(self.cpu.tsc_khz, |first| first.tsc_khz);
         self.cpu = GuestCpu { cpuid: vcpus.into_iter().map(|vcpu| vcpu.cpuid).collect(), tsc_khz };

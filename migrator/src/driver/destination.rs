@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::control::{Control, ControlEvent};
 use super::receive::{PageReceiver, ReceiveEvent};
 use super::request::Offer;
-use super::{claim, journal};
+use super::{Unseen, claim, journal};
 use crate::announce::{self, Plan, Schedule};
 use crate::arbiter::Claimant;
 use crate::destination::{Action, Destination, Event, Loaded};
@@ -135,6 +135,7 @@ pub fn receive(
         announcing: None,
         connected: false,
         finished: false,
+        unseen: Unseen::default(),
     };
     driver.listen(connections);
     driver.run(&queue);
@@ -169,6 +170,7 @@ struct Driver<'a> {
     announcing: Option<thread::JoinHandle<()>>,
     connected: bool,
     finished: bool,
+    unseen: Unseen,
 }
 
 impl Driver<'_> {
@@ -382,8 +384,11 @@ impl Driver<'_> {
     }
 
     /// Shows watchers where we are.
-    fn show(&self) {
+    fn show(&mut self) {
         let phase = self.machine.phase();
+        if self.unseen.hides(phase) {
+            return;
+        }
         let (round, elapsed) = (self.machine.rounds() + 1, self.began.elapsed());
         self.handle.update(|progress| {
             if phase != Phase::Done {

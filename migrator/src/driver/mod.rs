@@ -7,11 +7,12 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::arbiter::{Arbiter, ArbiterError, Claimant};
 use crate::handoff::{HandoffRecord, Step};
 use crate::id::MigrationId;
+use crate::report::Phase;
 use crate::traits::Journal;
 
 pub(crate) mod control;
@@ -29,6 +30,21 @@ pub use source::migrate;
 fn guarded<T>(work: impl FnOnce() -> T) -> io::Result<T> {
     // Nothing that the work had is used again but behind locks that do not mind.
     catch_unwind(AssertUnwindSafe(work)).map_err(|_| io::Error::other("a bug in microvm: its thread panicked"))
+}
+
+/// While a guest stands still, nobody is told how far it is: watchers that wake up would take a processor away from the switchover.
+#[derive(Default)]
+struct Unseen(Option<Instant>);
+
+impl Unseen {
+    /// A switchover that takes longer than this is shown after all.
+    const LONGEST: Duration = Duration::from_millis(50);
+
+    fn hides(&mut self, phase: Phase) -> bool {
+        let still = matches!(phase, Phase::Switchover | Phase::Commit);
+        self.0 = still.then(|| self.0.unwrap_or_else(Instant::now));
+        self.0.is_some_and(|since| since.elapsed() < Self::LONGEST)
+    }
 }
 
 /// Writes a record of this attempt.

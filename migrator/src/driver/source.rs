@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::control::{Control, ControlEvent};
 use super::send::{PageSenders, SendEvent};
-use super::{claim, guarded, journal, request};
+use super::{Unseen, claim, guarded, journal, request};
 use crate::arbiter::Claimant;
 use crate::bitmap::Bitmap;
 use crate::handle::MigrationHandle;
@@ -81,6 +81,7 @@ pub fn migrate(
         senders: None,
         round_pages: 0,
         finished: false,
+        unseen: Unseen::default(),
         gone: false,
     };
     if guarded(|| driver.run(Event::Begin, &queue)).is_err() {
@@ -111,6 +112,7 @@ struct Driver<'a> {
     round_pages: u64,
     finished: bool,
     gone: bool,
+    unseen: Unseen,
 }
 
 impl Driver<'_> {
@@ -312,6 +314,9 @@ impl Driver<'_> {
     /// Shows watchers where we are.
     fn show(&mut self) {
         let (phase, precopy) = (self.machine.phase(), self.machine.precopy());
+        if self.unseen.hides(phase) {
+            return;
+        }
         let known = |value: u64| (value > 0).then_some(value);
         let sending = self.senders.as_ref().map(|senders| senders.sending.clone()).unwrap_or_default();
         let done = sending.pages.load(Ordering::Relaxed).min(self.round_pages);

@@ -6,6 +6,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::Errno;
+use rustix::net::SendFlags;
+
 use super::tls::Tls;
 use super::{ConnectError, Greeting, set_up};
 use crate::options::Timeouts;
@@ -115,6 +118,14 @@ impl Connection for TcpConnection {
     }
 }
 
+/// Sends as many bytes as the socket has room for, and says how many.
+pub(super) fn send_now(stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    match rustix::net::send(stream, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+        Err(Errno::WOULDBLOCK | Errno::INTR) => Ok(0),
+        sent => Ok(sent?),
+    }
+}
+
 pub(super) struct TcpHalf(pub(super) TcpStream);
 
 impl Read for TcpHalf {
@@ -150,6 +161,10 @@ impl ConnectionWriter for TcpHalf {
 
     fn socket(&self) -> Option<BorrowedFd<'_>> {
         Some(self.0.as_fd())
+    }
+
+    fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        send_now(&self.0, bytes)
     }
 
     fn finish(&self) -> io::Result<()> {

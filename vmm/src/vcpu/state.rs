@@ -115,12 +115,22 @@ pub struct Passed {
     pub now: kvm_clock_data,
 }
 
-/// Sets the state, which was [checked](VcpuState::check), of the parked, fresh vCPU `id`. Its TSC goes on by what has `passed` for the kvm-clock, which is set already.
-pub fn restore(id: u8, fd: &VcpuFd, state: &VcpuState, passed: &Passed) -> Result<(), VcpuStateError> {
+/// Sets the state, which was [checked](VcpuState::check), of the parked, fresh vCPU `id`, which has been told `told` as its CPUID.
+/// Its TSC goes on by what has `passed` for the kvm-clock, which is set already.
+pub fn restore(
+    id: u8,
+    fd: &VcpuFd,
+    told: &[kvm_cpuid_entry2],
+    state: &VcpuState,
+    passed: &Passed,
+) -> Result<(), VcpuStateError> {
     let VcpuState { cpuid, tsc_khz, tsc, mp_state, regs, sregs, xsave, xcrs, debug_regs, lapic, msrs, events } = state;
     let ioctl = |ioctl| move |source| VcpuStateError::Ioctl { id, ioctl, source };
-    let cpuid = kvm_bindings::CpuId::from_entries(cpuid).expect("the number of entries was checked");
-    fd.set_cpuid2(&cpuid).map_err(ioctl("KVM_SET_CPUID2"))?;
+    // The slowest of all these calls, and between hosts of one kind there is nothing to change.
+    if cpuid != told {
+        let cpuid = kvm_bindings::CpuId::from_entries(cpuid).expect("the number of entries was checked");
+        fd.set_cpuid2(&cpuid).map_err(ioctl("KVM_SET_CPUID2"))?;
+    }
     // Needed only where the frequency differs, and refused where the host cannot scale: the preflight has compared them.
     if fd.get_tsc_khz().map_err(ioctl("KVM_GET_TSC_KHZ"))? != *tsc_khz {
         fd.set_tsc_khz(*tsc_khz).map_err(ioctl("KVM_SET_TSC_KHZ"))?;

@@ -12,6 +12,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::super::tcp::send_now;
 use super::Identity;
 use super::timed_out;
 use crate::traits::{Closer, Connection, ConnectionReader, ConnectionWriter, Split};
@@ -202,14 +203,14 @@ impl Write for TlsWriter {
         }
         let bytes = &bytes[..bytes.len().min(WRITE_BYTES)];
         encrypt(&mut lock(&self.tls), bytes, &mut self.out)?;
-        let written = self.socket.write_all(&self.out);
-        self.out.clear();
-        self.broken = written.is_err();
-        written.map(|()| bytes.len())
+        self.flush().map(|()| bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        let written = self.socket.write_all(&self.out);
+        self.out.clear();
+        self.broken |= written.is_err();
+        written
     }
 }
 
@@ -220,6 +221,21 @@ impl ConnectionWriter for TlsWriter {
 
     fn socket(&self) -> Option<BorrowedFd<'_>> {
         None
+    }
+
+    fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.broken || self.waits() {
+            return Ok(0);
+        }
+        let bytes = &bytes[..bytes.len().min(WRITE_BYTES)];
+        encrypt(&mut lock(&self.tls), bytes, &mut self.out)?;
+        let sent = send_now(&self.socket, &self.out).inspect_err(|_| self.broken = true)?;
+        self.out.drain(..sent);
+        Ok(bytes.len())
+    }
+
+    fn waits(&self) -> bool {
+        !self.out.is_empty()
     }
 
     fn finish(&self) -> io::Result<()> {

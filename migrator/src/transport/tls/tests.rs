@@ -189,6 +189,27 @@ fn two_hosts_of_a_fleet_trust_each_other_and_know_who_is_there() {
 }
 
 #[test]
+fn what_is_sent_without_waiting_stays_in_order() {
+    let root = root("fleet");
+    let (dialled, accepted) = meet(&ordinary(&root, A), &ordinary(&root, B));
+    let (mut here, mut there) = (dialled.unwrap().split().unwrap(), Box::new(accepted.unwrap()).split().unwrap());
+    let bytes: Vec<u8> = (0..32 << 20).map(|n: u32| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    // Nobody reads: at some point nothing more is taken, and part of a record waits.
+    let mut sent = 0;
+    while let taken @ 1.. = here.writer.write_now(&bytes[sent..][..100_000]).unwrap() {
+        sent += taken;
+    }
+    assert!(here.writer.waits() && sent > 100_000, "{sent}");
+    thread::scope(|scope| {
+        scope.spawn(|| here.writer.write_all(&bytes[sent..]).unwrap());
+        let mut seen = vec![0; bytes.len()];
+        there.reader.read_exact(&mut seen).unwrap();
+        assert!(seen == bytes, "other bytes came");
+    });
+    assert!(!here.writer.waits());
+}
+
+#[test]
 fn waiting_has_an_end_however_little_comes() {
     let root = root("fleet");
     let (dialled, accepted) = meet(&ordinary(&root, A), &ordinary(&root, B));
