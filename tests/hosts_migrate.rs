@@ -60,7 +60,7 @@ fn several_page_streams() {
     let Some(net) = hosts() else { return };
     let pulse = net.a.pulse("web", "--memory 64M", "ws=16M rate=200M pattern=random");
     for (from, to, streams) in [(&net.a, &net.b, 4), (&net.b, &net.a, 16)] {
-        let report = from.moves("web", to, &format!("--verify --streams {streams}"));
+        let report = from.moves("web", to, &format!("--verify --compress none --streams {streams}"));
         pulse.is_well(to);
         // Each stream closes each round with a frame of its own: 160 bytes that belong to no chunk.
         for round in report["rounds"].as_array().unwrap() {
@@ -70,6 +70,40 @@ fn several_page_streams() {
     }
     let said = net.a.microvm("migrate web --to 127.0.0.1 --streams 17");
     assert!(said.code() == 2 && said.stderr.contains("17 is not in 1..=16"), "{said:?}");
+}
+
+#[test]
+fn compressed_pages() {
+    let Some(net) = hosts() else { return };
+    for (content, rate) in [("text", "50M"), ("random", "50M"), ("zero", "0")] {
+        let pulse = net.a.pulse("web", "--memory 64M", &format!("ws=16M rate={rate} pattern=random content={content}"));
+        for (how, mode) in [
+            ("--compress zstd", "zstd:1"),
+            ("--compress zstd:-3 --streams 4", "zstd:-3"),
+            ("--compress auto", "auto"),
+            ("--bandwidth 20M", "auto"),
+        ] {
+            for (from, to) in [(&net.a, &net.b), (&net.b, &net.a)] {
+                let report = from.moves("web", to, &format!("--verify {how}"));
+                pulse.is_well(to);
+                let did = &report["compression"];
+                let (raw, sent) = (number(did, "raw_bytes"), number(did, "sent_bytes"));
+                assert_eq!(did["mode"], mode);
+                assert!((number(&report, "bytes_sent") - sent).is_multiple_of(160), "{report}");
+                // Text gets much shorter; where it does not depend on what is measured here, it must have.
+                if content == "text" && how.contains("zstd") {
+                    assert!(did["level"].is_i64() && sent * 2 < raw, "{report}");
+                }
+                assert!(sent <= raw && !report["limit"]["sentence"].as_str().unwrap().is_empty(), "{report}");
+            }
+        }
+        net.a.microvm("rm --force web").ok();
+    }
+    let said = net.a.microvm("migrate web --to 127.0.0.1 --compress zstd:13");
+    assert!(
+        said.code() == 2 && said.stderr.contains("'zstd:13' is none of auto, none, zstd and zstd:LEVEL"),
+        "{said:?}"
+    );
 }
 
 #[test]
@@ -125,7 +159,7 @@ fn keys(object: &Value) -> Vec<&str> {
 fn the_report_has_the_documented_keys_and_adds_up() {
     let Some(net) = hosts() else { return };
     net.a.pulse("web", "--memory 64M --net bridge=br0,ip=10.77.0.10/24", "ws=16M rate=50M");
-    let report = net.a.moves("web", &net.b, "--max-downtime 100ms");
+    let report = net.a.moves("web", &net.b, "--max-downtime 100ms --compress none");
     let mut wanted = vec![
         "vm",
         "from",
@@ -139,6 +173,8 @@ fn the_report_has_the_documented_keys_and_adds_up() {
         "blackout_ms",
         "blackout",
         "bytes_sent",
+        "compression",
+        "limit",
         "ram_bytes",
         "predicted_blackout_ms",
         "announce",

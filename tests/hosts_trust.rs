@@ -572,7 +572,7 @@ fn hostile_peers_do_not_keep_others_out() {
                 }
                 let vm = VmDescription { name, ram, paused: false, facts };
                 let id = MigrationId::random().unwrap();
-                let offer = request::Offer { id, vm, streams: 1, verify: false };
+                let offer = request::Offer { id, vm, streams: 1, verify: false, compressed: false };
                 match request::offer(&*dialer, &offer, common::PATIENCE) {
                     Ok(Ok(())) => offered.fetch_add(1, Ordering::Relaxed),
                     Ok(Err(_)) => refused.fetch_add(1, Ordering::Relaxed),

@@ -42,6 +42,8 @@ class Microvm(Contestant):
         self.network = network
         self.runtime = [os.path.join(directory, str(host)) for host in (0, 1)]
         self.plaintext = {c: ["--insecure-plaintext"] if self.has(c, "--insecure-plaintext") else [] for c in ("agent", "migrate")}
+        # QEMU's pages go as they are, too.
+        self.raw = ["--compress", "none"] if self.has("migrate", "--compress") else []
         for host in (0, 1):
             os.makedirs(self.runtime[host], exist_ok=True)
             log = open(os.path.join(directory, f"agent{host}.log"), "w")
@@ -87,7 +89,7 @@ class Microvm(Contestant):
 
     def move(self, limit_s):
         command = self.on(0, "migrate", NAME, "--to", self.to(1), "--json", "--timeout", f"{limit_s}s", *self.streams,
-                          *self.plaintext["migrate"])
+                          *self.plaintext["migrate"], *self.raw)
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s + 60, stdin=subprocess.DEVNULL)
         try:
             report = json.loads(done.stdout)

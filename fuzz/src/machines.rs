@@ -170,7 +170,7 @@ impl World {
             }
             Action::SendRound { n, .. } => {
                 let (data_pages, zero_pages) = (u.arbitrary::<u8>()?.into(), u.arbitrary::<u8>()?.into());
-                let marker = Marker { round: n, chunks: 1, data_pages, zero_pages };
+                let marker = Marker { round: n, chunks: 1, data_pages, zero_pages, body_bytes: data_pages * 4096 };
                 self.markers.push_back(marker);
                 self.source(Event::RoundSent(marker));
             }
@@ -343,7 +343,7 @@ impl World {
             13 => Message::Ask(ID),
             14 => Message::Released,
             _ => {
-                let marker = Marker { round, chunks: pages, data_pages: pages, zero_pages: 0 };
+                let marker = Marker { round, chunks: pages, data_pages: pages, zero_pages: 0, body_bytes: 0 };
                 let stream = u.int_in_range(0..=2)?;
                 self.destination(destination::Event::Marker { stream, marker });
                 return Ok(());

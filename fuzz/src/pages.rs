@@ -12,13 +12,14 @@ use arbitrary::{Arbitrary, Unstructured};
 use migrator::bitmap::ChunkBits;
 use migrator::fuzzing::receive_pages;
 use migrator::layout::{CHUNK_PAGES, PAGE_SIZE, PageRun, RamLayout, RamRegion};
-use migrator::pages::{FRAME_BYTES, Marker, PageFrame};
+use migrator::pages::{Chunk, FRAME_BYTES, Marker, PageFrame};
 use migrator::traits::{ConnectionReader, GuestPages, Part};
 use vm_memory::GuestAddress;
 use vmm::host::touched::Touched;
 use vmm::memory::GuestMemoryMmap;
 use vmm::memory::pages::Pages;
 use xxhash_rust::xxh3::xxh3_64;
+use zstd::zstd_safe::find_frame_compressed_size;
 
 /// Two regions, the border inside the first chunk, and a second chunk that is not full.
 const REGIONS: [RamRegion; 2] = [RamRegion { gpa: 0, bytes: 500 * 4096 }, RamRegion { gpa: 1 << 32, bytes: 20 * 4096 }];
@@ -29,7 +30,7 @@ pub fn run(data: &[u8]) {
     }
     let Some((mode, data)) = data.split_first() else { return };
     let stream = if mode & 1 == 0 { data.to_vec() } else { written(data) };
-    GUEST.with_borrow_mut(|guest| guest.receive(&stream, mode & 2 == 0));
+    GUEST.with_borrow_mut(|guest| guest.receive(&stream, mode & 2 == 0, mode & 4 != 0));
 }
 
 /// A memory for all runs.
@@ -47,7 +48,7 @@ impl Guest {
         }
     }
 
-    fn receive(&mut self, bytes: &[u8], direct: bool) {
+    fn receive(&mut self, bytes: &[u8], direct: bool, compressed: bool) {
         let (socket, mut peer) = UnixStream::pair().unwrap();
         // All of it fits into the socket's buffer, or the stream ends where it does not.
         peer.set_nonblocking(true).unwrap();
@@ -58,9 +59,10 @@ impl Guest {
         drop(peer);
         let bytes = &bytes[..length];
         let mut stream = Stream { socket, direct };
-        let (markers, end) = receive_pages(&mut stream, &Memory { layout: &self.layout, pages: &self.pages });
+        let memory = Memory { layout: &self.layout, pages: &self.pages };
+        let (markers, end) = receive_pages(&mut stream, &memory, compressed);
         assert!(end.is_err(), "a stream has no good end of its own");
-        let (expected, expected_markers) = naive(bytes, &self.layout);
+        let (expected, expected_markers) = naive(bytes, &self.layout, compressed);
         assert_eq!(markers, expected_markers);
         let mut page_bytes = [0; PAGE_SIZE];
         for page in 0..self.pages.count() {
@@ -77,9 +79,17 @@ impl Guest {
     }
 }
 
+type Page = Box<[u8; PAGE_SIZE]>;
+
+/// The pages in a frame, if it is one frame of exactly these.
+fn open(frame: &[u8], chunk: &Chunk) -> Option<Vec<u8>> {
+    let whole = find_frame_compressed_size(frame).ok()? == frame.len();
+    let pages = zstd::bulk::decompress(frame, chunk.data_bytes() as usize + 1).ok()?;
+    (whole && pages.len() as u64 == chunk.data_bytes()).then_some(pages)
+}
+
 /// What pages of a stream hold when it ends; `None`: it ended in the middle of this one. And the rounds that were closed.
-fn naive<'a>(mut stream: &'a [u8], layout: &RamLayout) -> (BTreeMap<u64, Option<&'a [u8; PAGE_SIZE]>>, Vec<Marker>) {
-    const ZEROS: &[u8; PAGE_SIZE] = &[0; PAGE_SIZE];
+fn naive(mut stream: &[u8], layout: &RamLayout, compressed: bool) -> (BTreeMap<u64, Option<Page>>, Vec<Marker>) {
     let (mut pages, mut markers) = (BTreeMap::new(), Vec::new());
     let mut count = Marker { round: 1, ..Marker::default() };
     while let Some((header, rest)) = stream.split_first_chunk::<FRAME_BYTES>() {
@@ -92,14 +102,24 @@ fn naive<'a>(mut stream: &'a [u8], layout: &RamLayout) -> (BTreeMap<u64, Option<
                         .filter(move |page| bits.get(*page))
                         .map(move |page| chunk.chunk * CHUNK_PAGES + page)
                 };
-                pages.extend(numbers(chunk.zero).map(|page| (page, Some(ZEROS))));
+                pages.extend(numbers(chunk.zero).map(|page| (page, Some(Page::new([0; PAGE_SIZE])))));
+                if chunk.packed != 0 {
+                    let Some((frame, rest)) = stream.split_at_checked(chunk.packed as usize) else { break };
+                    // It is read with the header after it, and not looked at without.
+                    let opened = if compressed && rest.len() >= FRAME_BYTES { open(frame, &chunk) } else { None };
+                    let Some(opened) = opened else { break };
+                    let bytes = opened.chunks(PAGE_SIZE).map(|page| Some(Page::new(page.try_into().unwrap())));
+                    pages.extend(numbers(chunk.data).zip(bytes));
+                    stream = rest;
+                    continue;
+                }
                 for page in numbers(chunk.data) {
                     let Some((bytes, rest)) = stream.split_first_chunk() else {
                         // What was there may be overwritten in part, this page's or (without a socket) none of the run's.
                         pages.extend(numbers(chunk.data).map(|page| (page, None)));
                         return (pages, markers);
                     };
-                    pages.insert(page, Some(bytes));
+                    pages.insert(page, Some(Page::new(*bytes)));
                     stream = rest;
                 }
             }
@@ -123,11 +143,16 @@ fn written(data: &[u8]) -> Vec<u8> {
 fn write(u: &mut Unstructured<'_>, stream: &mut Vec<u8>) -> arbitrary::Result<()> {
     let mut count = Marker { round: 1, ..Marker::default() };
     while !u.is_empty() {
+        let mut frame = Vec::new();
         let mut header = match u.arbitrary::<u8>()? % 8 {
-            0..=3 => {
+            kind @ 0..=3 => {
                 let first = u64::from(u.arbitrary::<u8>()? & 1);
                 let (data, zero) = (bits(u)?, bits(u)?);
-                let chunk = migrator::pages::Chunk { round: count.round, chunk: first, data, zero: zero.minus(&data) };
+                let mut chunk = Chunk { round: count.round, chunk: first, data, zero: zero.minus(&data), packed: 0 };
+                if kind == 3 {
+                    frame = packed(u, &chunk)?;
+                    chunk.packed = frame.len() as u32;
+                }
                 count.add(&chunk);
                 PageFrame::Chunk(chunk).encode()
             }
@@ -148,15 +173,50 @@ fn write(u: &mut Unstructured<'_>, stream: &mut Vec<u8>) -> arbitrary::Result<()
         // Of pages, only their first bytes are chosen.
         let layout = RamLayout::new(REGIONS.to_vec()).unwrap();
         if let Ok(PageFrame::Chunk(chunk)) = PageFrame::decode(&header, &layout) {
-            for _ in 0..chunk.data.count().min(40) {
-                let mut page = [0; PAGE_SIZE];
-                page[0] = u.arbitrary()?;
-                page[PAGE_SIZE - 1] = page[0];
-                stream.extend(page);
+            match chunk.packed {
+                0 => {
+                    for _ in 0..chunk.data.count().min(40) {
+                        stream.extend(page(u)?);
+                    }
+                }
+                _ => stream.append(&mut frame),
             }
         }
     }
     Ok(())
+}
+
+/// A page of which only the ends are not zero.
+fn page(u: &mut Unstructured<'_>) -> arbitrary::Result<[u8; PAGE_SIZE]> {
+    let mut page = [0; PAGE_SIZE];
+    page[0] = u.arbitrary()?;
+    page[PAGE_SIZE - 1] = page[0];
+    Ok(page)
+}
+
+/// A frame of the chunk's pages, mostly: of a page too many or too few, with another after it, or with a byte that is wrong.
+fn packed(u: &mut Unstructured<'_>, chunk: &Chunk) -> arbitrary::Result<Vec<u8>> {
+    let wrong = u.int_in_range(0..=15)?;
+    let count = match wrong {
+        0 => chunk.data.count() + 1,
+        1 => chunk.data.count().saturating_sub(1),
+        _ => chunk.data.count(),
+    };
+    let mut pages = Vec::new();
+    for _ in 0..count {
+        pages.extend(page(u)?);
+    }
+    let mut frame = zstd::bulk::compress(&pages, 1).expect("memory to memory");
+    match wrong {
+        2 => frame.extend(zstd::bulk::compress(&[], 1).expect("memory to memory")),
+        3 => frame.extend(0x184d_2a50u64.to_le_bytes()), // a frame to be skipped, of no bytes
+        4 => {
+            let at = u.int_in_range(0..=frame.len() - 1)?;
+            frame[at] = u.arbitrary()?;
+        }
+        _ => {}
+    }
+    Ok(frame)
 }
 
 /// A few pages, in the two chunks' terms.

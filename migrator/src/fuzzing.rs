@@ -15,8 +15,12 @@ pub fn read_message(reader: &mut dyn Read) -> io::Result<Message> {
     control::read_message(reader)
 }
 
-/// Runs a page stream to its end: the rounds that were closed, and what ended it.
-pub fn receive_pages(reader: &mut dyn ConnectionReader, memory: &dyn GuestPages) -> (Vec<Marker>, io::Result<()>) {
+/// Runs a page stream to its end: the rounds that were closed, and what ended it. Chunks may be `compressed` only if it says so.
+pub fn receive_pages(
+    reader: &mut dyn ConnectionReader,
+    memory: &dyn GuestPages,
+    compressed: bool,
+) -> (Vec<Marker>, io::Result<()>) {
     let markers = Arc::new(Mutex::new(Vec::new()));
     let sink = {
         let markers = markers.clone();
@@ -26,6 +30,6 @@ pub fn receive_pages(reader: &mut dyn ConnectionReader, memory: &dyn GuestPages)
             }
         })
     };
-    let end = receive(0, reader, memory, &AtomicU64::new(0), &(sink as _));
+    let end = receive(0, reader, memory, compressed, &AtomicU64::new(0), &(sink as _));
     (std::mem::take(&mut control::lock(&markers)), end)
 }

@@ -2,13 +2,14 @@
 //! commit protocol, announcement. Knows nothing of KVM: a VM is what implements [`traits`].
 //!
 //! Pure, that is without socket, thread and clock: `source` and `destination` (each has one function in which the
-//! order of the phases can be read), [`handoff`], [`precopy`], [`wire`], [`bitmap`], [`announce`]. The I/O is in
+//! order of the phases can be read), [`handoff`], [`precopy`], [`compress::policy`], [`limit`], [`wire`], [`bitmap`], [`announce`]. The I/O is in
 //! [`driver`] and [`transport`]. `docs/migration-protocol.md` is the map.
 #![forbid(unsafe_code)]
 
 pub mod announce;
 pub mod arbiter;
 pub mod bitmap;
+pub mod compress;
 pub mod destination;
 pub mod driver;
 pub mod error;
@@ -21,6 +22,7 @@ pub mod handoff;
 pub mod id;
 pub mod journal;
 pub mod layout;
+pub mod limit;
 pub mod options;
 pub mod pages;
 pub mod precopy;
@@ -30,6 +32,7 @@ pub mod traits;
 pub mod transport;
 pub mod wire;
 
+pub use compress::Compression;
 pub use driver::{Arrived, Incoming, ReceiveError, Received, migrate, receive};
 pub use error::MigrateError;
 pub use handle::MigrationHandle;

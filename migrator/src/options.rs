@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::announce::Schedule;
 use crate::arbiter::Arbiter;
+use crate::compress::Compression;
 
 /// How memory moves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -39,6 +40,8 @@ pub struct Options {
     pub timeout: Option<Duration>,
     /// The most bytes per second that pages may take on the wire; none: as fast as the link.
     pub bandwidth: Option<u64>,
+    /// Whether pages are compressed.
+    pub compression: Compression,
     /// Page streams, 1 to [`crate::wire::MAX_STREAMS`].
     pub streams: u16,
     /// Hash all RAM at both ends within the blackout and compare. For tests and for the distrustful.
@@ -61,6 +64,7 @@ impl Default for Options {
             max_downtime: Duration::from_millis(50),
             timeout: None,
             bandwidth: None,
+            compression: Compression::default(),
             streams: 1,
             verify: false,
             convergence: Convergence::default(),

@@ -2,7 +2,7 @@
 //!
 //! A stream is a sequence of frames with a header of [`FRAME_BYTES`] each. A chunk's header says which pages of 2 MiB
 //! of memory follow as bytes (`data`) and which are all zeros and so do not follow (`zero`); then come the data pages, in
-//! order. Nothing of it is per page but two bits. A marker closes the round on its stream and repeats the counts, so
+//! order, as they are or in one zstd frame. Nothing of it is per page but two bits. A marker closes the round on its stream and repeats the counts, so
 //! that a lost frame is noticed. After a chunk there is always another frame (at least the marker), so the receiver takes
 //! a chunk's pages and the next header in one read.
 
@@ -41,6 +41,8 @@ pub struct Chunk {
     pub data: ChunkBits,
     /// Pages that are all zeros. None is in `data` too, and not both are empty.
     pub zero: ChunkBits,
+    /// Length of the zstd frame that holds the pages of `data`, less than theirs; 0: they come as they are.
+    pub packed: u32,
 }
 
 /// What one stream carried in one round.
@@ -54,6 +56,8 @@ pub struct Marker {
     pub data_pages: u64,
     /// Pages that came as a bit.
     pub zero_pages: u64,
+    /// Bytes that followed the headers of these chunks.
+    pub body_bytes: u64,
 }
 
 impl Chunk {
@@ -67,9 +71,14 @@ impl Chunk {
         self.zero.runs(self.chunk * CHUNK_PAGES)
     }
 
-    /// Bytes of pages that follow.
+    /// Bytes of the pages in `data`.
     pub fn data_bytes(&self) -> u64 {
         self.data.count() * PAGE_BYTES
+    }
+
+    /// Bytes that follow the header.
+    pub fn body_bytes(&self) -> u64 {
+        if self.packed == 0 { self.data_bytes() } else { self.packed.into() }
     }
 }
 
@@ -79,10 +88,16 @@ impl Marker {
         self.chunks += 1;
         self.data_pages += chunk.data.count();
         self.zero_pages += chunk.zero.count();
+        self.body_bytes += chunk.body_bytes();
     }
 
     /// Bytes on the stream for this round, headers and marker included.
     pub fn bytes(&self) -> u64 {
+        (self.chunks + 1) * FRAME_BYTES as u64 + self.body_bytes
+    }
+
+    /// What that would be if nothing were compressed.
+    pub fn uncompressed_bytes(&self) -> u64 {
         (self.chunks + 1) * FRAME_BYTES as u64 + self.data_pages * PAGE_BYTES
     }
 }
@@ -93,17 +108,19 @@ impl PageFrame {
         let mut bytes = [0; FRAME_BYTES];
         bytes[0..4].copy_from_slice(&MAGIC);
         let (kind, round) = match self {
-            Self::Chunk(Chunk { round, chunk, data, zero }) => {
+            Self::Chunk(Chunk { round, chunk, data, zero, packed }) => {
+                bytes[12..16].copy_from_slice(&packed.to_le_bytes());
                 bytes[16..24].copy_from_slice(&(chunk * CHUNK_PAGES).to_le_bytes());
                 for (at, word) in data.0.iter().chain(&zero.0).enumerate() {
                     bytes[24 + at * 8..32 + at * 8].copy_from_slice(&word.to_le_bytes());
                 }
                 (CHUNK, round)
             }
-            Self::Marker(Marker { round, chunks, data_pages, zero_pages }) => {
+            Self::Marker(Marker { round, chunks, data_pages, zero_pages, body_bytes }) => {
                 bytes[16..24].copy_from_slice(&chunks.to_le_bytes());
                 bytes[24..32].copy_from_slice(&data_pages.to_le_bytes());
                 bytes[32..40].copy_from_slice(&zero_pages.to_le_bytes());
+                bytes[40..48].copy_from_slice(&body_bytes.to_le_bytes());
                 (MARKER, round)
             }
         };
@@ -133,19 +150,25 @@ impl PageFrame {
         if round == 0 {
             return Err(fields.value("round", 0));
         }
-        let reserved = fields.u32()?;
-        if reserved != 0 {
-            return Err(fields.value("reserved", reserved.into()));
-        }
+        let packed = fields.u32()?;
         match kind {
-            CHUNK => Self::chunk(round, fields, layout),
+            CHUNK => Self::chunk(round, packed, fields, layout),
             MARKER => {
-                let marker =
-                    Marker { round, chunks: fields.u64()?, data_pages: fields.u64()?, zero_pages: fields.u64()? };
+                if packed != 0 {
+                    return Err(fields.value("reserved", packed.into()));
+                }
+                let marker = Marker {
+                    round,
+                    chunks: fields.u64()?,
+                    data_pages: fields.u64()?,
+                    zero_pages: fields.u64()?,
+                    body_bytes: fields.u64()?,
+                };
                 for (name, value, most) in [
                     ("chunks", marker.chunks, layout.pages()),
                     ("data_pages", marker.data_pages, layout.pages()),
                     ("zero_pages", marker.zero_pages, layout.pages()),
+                    ("body_bytes", marker.body_bytes, marker.data_pages.saturating_mul(PAGE_BYTES)),
                 ] {
                     if value > most {
                         return Err(fields.value(name, value));
@@ -162,7 +185,7 @@ impl PageFrame {
         }
     }
 
-    fn chunk(round: u32, mut fields: Fields<'_>, layout: &RamLayout) -> Result<Self, WireError> {
+    fn chunk(round: u32, packed: u32, mut fields: Fields<'_>, layout: &RamLayout) -> Result<Self, WireError> {
         let first_page = fields.u64()?;
         if first_page % CHUNK_PAGES != 0 || first_page >= layout.pages() {
             return Err(fields.value("first_page", first_page));
@@ -183,8 +206,12 @@ impl PageFrame {
         if both != 0 || data.is_empty() && zero.is_empty() {
             return Err(fields.value("data and zero", both));
         }
+        let chunk = Chunk { round, chunk, data, zero, packed };
+        if packed != 0 && u64::from(packed) >= chunk.data_bytes() {
+            return Err(fields.value("packed", packed.into()));
+        }
         fields.end()?;
-        Ok(Self::Chunk(Chunk { round, chunk, data, zero }))
+        Ok(Self::Chunk(chunk))
     }
 }
 
@@ -193,6 +220,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::compress::Unpacker;
     use crate::layout::RamRegion;
 
     fn layout(pages: u64) -> RamLayout {
@@ -203,15 +231,37 @@ mod tests {
         let (mut data, mut zero) = (ChunkBits::default(), ChunkBits::default());
         [0, 1, 2, 64].into_iter().for_each(|page| data.set(page));
         [3, 87].into_iter().for_each(|page| zero.set(page));
-        PageFrame::Chunk(Chunk { round: 2, chunk: 1, data, zero })
+        PageFrame::Chunk(Chunk { round: 2, chunk: 1, data, zero, packed: 0 })
     }
 
-    const MARK: PageFrame = PageFrame::Marker(Marker { round: 2, chunks: 2, data_pages: 500, zero_pages: 12 });
+    const MARK: PageFrame =
+        PageFrame::Marker(Marker { round: 2, chunks: 2, data_pages: 500, zero_pages: 12, body_bytes: 123_456 });
+
+    /// Three pages of letters, which begin a chunk.
+    fn letters() -> (Chunk, Vec<u8>) {
+        let mut data = ChunkBits::default();
+        (0..3).for_each(|page| data.set(page));
+        let pages = (b'a'..=b'c').flat_map(|letter| [letter; PAGE_BYTES as usize]).collect();
+        (Chunk { round: 1, chunk: 0, data, zero: ChunkBits::default(), packed: 0 }, pages)
+    }
 
     #[test]
     fn golden() {
         crate::golden::check("page-chunk", &sample().encode());
         crate::golden::check("page-marker", &MARK.encode());
+    }
+
+    /// Only opened: what a frame is made of may change with the version of zstd, and every version opens it.
+    #[test]
+    fn golden_compressed_chunk() {
+        let bytes = crate::golden::bytes("page-chunk-packed");
+        let (header, frame) = bytes.split_first_chunk().unwrap();
+        let (chunk, pages) = letters();
+        let chunk = Chunk { packed: frame.len() as u32, ..chunk };
+        assert_eq!(PageFrame::decode(header, &layout(600)), Ok(PageFrame::Chunk(chunk)));
+        let mut opened = vec![0; pages.len()];
+        Unpacker::new().unpack(frame, &mut opened).unwrap();
+        assert!(opened == pages);
     }
 
     #[test]
@@ -246,8 +296,16 @@ mod tests {
             }
             assert_eq!(with(frame, 6, &[1]), Err(WireError::Flags(1)));
             field(with(frame, 8, &[0; 4]), "round");
-            field(with(frame, 12, &[1]), "reserved");
         }
+        field(with(MARK, 12, &[1]), "reserved");
+        // As long as the pages or longer, and for a chunk of zeros any length.
+        for packed in [4 * 4096u32, 4 * 4096 + 1, u32::MAX] {
+            field(with(sample(), 12, &packed.to_le_bytes()), "packed");
+        }
+        assert!(with(sample(), 12, &(4 * 4096u32 - 1).to_le_bytes()).is_ok());
+        let PageFrame::Chunk(chunk) = sample() else { unreachable!() };
+        let zeros = PageFrame::Chunk(Chunk { data: ChunkBits::default(), ..chunk });
+        field(with(zeros, 12, &[1]), "packed");
         for first_page in [1, 511, 1024, 600, u64::MAX, u64::MAX - 511] {
             field(with(sample(), 16, &first_page.to_le_bytes()), "first_page");
         }
@@ -259,22 +317,26 @@ mod tests {
             field(with(MARK, at, &601u64.to_le_bytes()), name);
             field(with(MARK, at, &[0xff; 8]), name);
         }
-        field(with(MARK, 40, &[1]), "padding");
+        field(with(MARK, 40, &(500 * PAGE_BYTES + 1).to_le_bytes()), "body_bytes");
+        field(with(MARK, 48, &[1]), "padding");
         field(with(MARK, CHECKED - 1, &[1]), "padding");
     }
 
     proptest! {
         #[test]
-        fn round_trip(round in 1u32.., chunk in 0u64..3, data in any::<[u64; 8]>(), zero in any::<[u64; 8]>(), counts in any::<[u16; 3]>()) {
+        fn round_trip(round in 1u32.., chunk in 0u64..3, data in any::<[u64; 8]>(), zero in any::<[u64; 8]>(), packed in any::<u32>(), counts in any::<[u16; 3]>()) {
             let layout = layout(1200);
             let there = ChunkBits::full(layout.chunk_pages(chunk));
             let data = ChunkBits(data).and(&there);
             let zero = ChunkBits(zero).and(&there).minus(&data);
             prop_assume!(!data.is_empty() || !zero.is_empty());
-            let frame = PageFrame::Chunk(Chunk { round, chunk, data, zero });
+            let packed = packed.checked_rem(data.count() as u32 * PAGE_BYTES as u32).unwrap_or(0);
+            let frame = PageFrame::Chunk(Chunk { round, chunk, data, zero, packed });
             prop_assert_eq!(PageFrame::decode(&frame.encode(), &layout), Ok(frame));
+            let data_pages = u64::from(counts[1]) % 1201;
+            let body_bytes = u64::from(packed) % (data_pages * PAGE_BYTES + 1);
             let marker = PageFrame::Marker(Marker {
-                round, chunks: u64::from(counts[0]) % 4, data_pages: u64::from(counts[1]) % 1201, zero_pages: u64::from(counts[2]) % 1201,
+                round, chunks: u64::from(counts[0]) % 4, data_pages, zero_pages: u64::from(counts[2]) % 1201, body_bytes,
             });
             prop_assert_eq!(PageFrame::decode(&marker.encode(), &layout), Ok(marker));
         }

@@ -109,7 +109,7 @@ impl Precopy {
         self.looked_at = Some(now);
     }
 
-    /// A round of so many bytes took so long, from its start to the destination's word that all is in memory.
+    /// A round of so many bytes, counted uncompressed, took so long, from its start to the destination's word that all is in memory.
     pub fn round_done(&mut self, bytes: u64, took: Duration) {
         self.rounds += 1;
         let took = took.saturating_sub(self.costs.rtt).max(took / 10).max(Duration::from_micros(1));
@@ -162,7 +162,7 @@ impl Precopy {
         Some(Duration::from_secs_f64(seconds.min(3e7)) + self.costs.total())
     }
 
-    /// Bytes per second that the link carries; 0 if not known.
+    /// Bytes of guest memory per second that the link carries; 0 if not known.
     pub fn bandwidth(&self) -> u64 {
         self.bandwidth.unwrap_or(0.0) as u64
     }
@@ -221,7 +221,7 @@ impl NotConverging {
 }
 
 /// Bytes per second as a human writes them.
-fn rate(bytes: u64) -> String {
+pub(crate) fn rate(bytes: u64) -> String {
     let bytes = bytes as f64;
     match bytes {
         _ if bytes >= 1e9 => format!("{:.1} GB/s", bytes / 1e9),

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::limit::Limit;
+
 /// How far a migration is. The order is the order in time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -95,6 +97,19 @@ pub struct RoundReport {
     pub dirty_pages_after: u64,
 }
 
+/// What compression did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CompressionReport {
+    /// As it was asked for: `auto`, `none` or `zstd:LEVEL`.
+    pub mode: String,
+    /// The level with which most bytes of pages were compressed; none: most went as they are.
+    pub level: Option<i32>,
+    /// Bytes of the pages that were sent, zero pages left out.
+    pub raw_bytes: u64,
+    /// What they were on the page streams, headers left out.
+    pub sent_bytes: u64,
+}
+
 /// What the destination announces, and where.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AnnounceReport {
@@ -153,6 +168,10 @@ pub struct Report {
     pub blackout: BTreeMap<String, f64>,
     /// Bytes on the page streams.
     pub bytes_sent: u64,
+    /// What compression did; none if no page was to be sent yet.
+    pub compression: Option<CompressionReport>,
+    /// What kept it from being faster; none if no page was sent.
+    pub limit: Option<Limit>,
     /// The VM's RAM.
     pub ram_bytes: u64,
     /// The prediction with which the switchover began.
@@ -174,9 +193,11 @@ pub struct Progress {
     pub pages_total: u64,
     /// Bytes on the page streams since the start.
     pub bytes_sent: u64,
+    /// What compression did so far.
+    pub compression: CompressionReport,
     /// How fast the guest dirties memory, in bytes per second, by the latest round.
     pub dirty_rate: Option<u64>,
-    /// How fast the link carries pages, in bytes per second, by the latest round.
+    /// How fast the link carries pages, in bytes of guest memory per second, by the latest round.
     pub bandwidth: Option<u64>,
     /// How long this round still takes at that speed.
     pub eta: Option<Duration>,
@@ -217,6 +238,7 @@ pub(crate) fn ms(time: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limit::LimitedBy;
 
     #[test]
     fn report_has_exactly_the_promised_keys() {
@@ -233,6 +255,8 @@ mod tests {
             blackout_ms: None,
             blackout: BTreeMap::from([("pause".into(), 0.25)]),
             bytes_sent: 7,
+            compression: Some(CompressionReport { mode: "auto".into(), level: Some(3), raw_bytes: 9, sent_bytes: 4 }),
+            limit: Some(Limit { by: LimitedBy::Link, sentence: "the link".into() }),
             ram_bytes: 8,
             predicted_blackout_ms: Some(3.0),
             announce: None,
@@ -242,7 +266,9 @@ mod tests {
             concat!(
                 r#"{"vm":"web","from":"host1","to":"host2:7437","mode":"pre-copy","outcome":"in-doubt","owner":"unknown","#,
                 r#""error":null,"rounds":[{"n":0,"pages":0,"zero_pages":0,"bytes_sent":0,"ms":0.0,"dirty_pages_after":0}],"#,
-                r#""total_ms":1.5,"blackout_ms":null,"blackout":{"pause":0.25},"bytes_sent":7,"ram_bytes":8,"#,
+                r#""total_ms":1.5,"blackout_ms":null,"blackout":{"pause":0.25},"bytes_sent":7,"#,
+                r#""compression":{"mode":"auto","level":3,"raw_bytes":9,"sent_bytes":4},"#,
+                r#""limit":{"by":"link","sentence":"the link"},"ram_bytes":8,"#,
                 r#""predicted_blackout_ms":3.0,"announce":null}"#
             )
         );

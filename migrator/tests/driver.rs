@@ -21,7 +21,7 @@ use migrator::traits::*;
 use migrator::transport::{TcpConnection, TcpDialer, accept};
 use migrator::wire::preamble::Role;
 use migrator::{
-    Arrived, Incoming, MigrationHandle, MigrationId, Mode, Options, Outcome, Owner, Phase, ReceiveError,
+    Arrived, Compression, Incoming, MigrationHandle, MigrationId, Mode, Options, Outcome, Owner, Phase, ReceiveError,
     ReceiveOptions, Received, Report,
 };
 
@@ -43,7 +43,9 @@ fn timeouts() -> Timeouts {
 
 fn options() -> Options {
     // A busy machine pauses any thread for longer than a real limit allows.
-    Options { max_downtime: Duration::from_secs(2), timeouts: timeouts(), ..Options::default() }
+    // Raw, so that a cap on bandwidth makes it as slow as a test needs it.
+    let compression = Compression::None;
+    Options { max_downtime: Duration::from_secs(2), timeouts: timeouts(), compression, ..Options::default() }
 }
 
 type Result_ = Result<Received, ReceiveError>;
@@ -826,7 +828,7 @@ fn cut_after_commit(
     let description = MockSource::new(ram.clone()).description();
     let state = host.shared.clone();
     let receiver = thread::spawn(move || {
-        let offer = Offer { id, vm: description, streams: 1, verify: false };
+        let offer = Offer { id, vm: description, streams: 1, verify: false, compressed: false };
         let options = ReceiveOptions { timeouts: timeouts(), ..ReceiveOptions::default() };
         let result = migrator::receive(
             &mut vm,
@@ -1012,13 +1014,196 @@ fn an_agent_tells_strangers_why() {
     assert!(host.outcome().1.is_err());
 }
 
+/// Memory of every kind, chunk by chunk: zeros, text, noise, and pages of all three.
+fn mixed(pages: u64) -> Arc<MockRam> {
+    let ram = MockRam::new(pages, LogMode::Manual);
+    let mut random = Random(5);
+    for (page, bytes) in ram.lock().bytes.chunks_mut(4096).enumerate() {
+        let kind = if page / 512 % 4 < 3 { page / 512 % 4 } else { page % 3 };
+        match kind {
+            0 => {}
+            1 => {
+                let text = format!("page {page} has text, as other pages do. ");
+                bytes.iter_mut().zip(text.bytes().cycle()).for_each(|(byte, letter)| *byte = letter);
+            }
+            _ => bytes.chunks_mut(8).for_each(|word| word.copy_from_slice(&random.next().to_le_bytes())),
+        }
+    }
+    ram
+}
+
+#[test]
+fn moves_it_with_every_kind_of_compression() {
+    for (compression, streams, bandwidth, opaque) in [
+        (Compression::None, 1, None, false),
+        (Compression::Zstd(1), 1, None, false),
+        (Compression::Zstd(-3), 4, None, false),
+        (Compression::Zstd(3), 2, None, true),
+        (Compression::Zstd(1), 1, Some(20_000_000), false),
+        (Compression::Auto, 1, None, false),
+        (Compression::Auto, 3, None, true),
+        (Compression::Auto, 1, Some(5_000_000), false),
+    ] {
+        let name = format!("{compression} {streams} {bandwidth:?} {opaque}");
+        let pages = 5000;
+        let ram = mixed(pages);
+        let host = Host::start(MockDestination::default());
+        host.shared.opaque.store(opaque, Ordering::SeqCst);
+        let dial = if opaque { Arc::new(OpaqueDialer(host.dialer())) } else { host.dialer() };
+        let guest = Guest::run(ram.clone(), pages, Duration::from_micros(500));
+        let options = Options { compression, streams, bandwidth, verify: true, ..options() };
+        let attempt = migrate(MockSource::new(ram.clone()), dial, &options, &MigrationHandle::new());
+        drop(guest);
+        let report = &attempt.report;
+        assert_eq!(report.outcome, Outcome::Completed, "{name}: {report:?}");
+        assert!(host.outcome().0.ram.unwrap().content() == ram.content(), "{name}");
+        // What it did, and that it adds up.
+        let compressed = report.compression.as_ref().unwrap();
+        let pages: u64 = report.rounds.iter().map(|round| round.pages).sum();
+        assert_eq!((compressed.mode.as_str(), compressed.raw_bytes), (compression.to_string().as_str(), pages * 4096));
+        let headers = report.bytes_sent - compressed.sent_bytes;
+        assert!(headers > 0 && headers.is_multiple_of(160), "{name}: {report:?}");
+        assert_eq!(compressed.level.is_none(), compressed.sent_bytes == compressed.raw_bytes, "{name}: {compressed:?}");
+        match compression {
+            Compression::None => assert_eq!(compressed.level, None),
+            Compression::Zstd(level) => assert_eq!(compressed.level, Some(level), "{name}: {compressed:?}"),
+            // At this rate there is no doubt.
+            Compression::Auto if bandwidth.is_some() => assert!(compressed.level.is_some(), "{name}: {report:?}"),
+            Compression::Auto => {}
+        }
+        assert!(report.limit.is_some(), "{name}: {report:?}");
+    }
+}
+
+#[test]
+fn what_the_guest_writes_while_it_is_compressed_is_not_lost() {
+    // Pages are armed again before they are copied, wherever that is done.
+    let ram = mixed(3000);
+    let host = Host::start(MockDestination::default());
+    let options = Options { compression: Compression::Zstd(6), streams: 2, verify: true, ..options() };
+    let guest = Guest::run(ram.clone(), 3000, Duration::from_micros(50));
+    let attempt = migrate(MockSource::new(ram.clone()), host.dialer(), &options, &MigrationHandle::new());
+    drop(guest);
+    let report = &attempt.report;
+    assert_eq!(report.outcome, Outcome::Completed, "{report:?}");
+    let (_, before) = report.rounds.split_last().unwrap();
+    let armed: u64 = before.iter().map(|round| round.pages + round.zero_pages).sum();
+    assert_eq!(ram.rearmed.load(Ordering::Relaxed), armed);
+    assert!(host.outcome().0.ram.unwrap().content() == ram.content());
+}
+
+#[test]
+fn cancel_while_it_is_compressed() {
+    for (compression, streams) in [(Compression::Zstd(12), 1), (Compression::Zstd(12), 8), (Compression::Auto, 4)] {
+        let ram = mixed(20_000);
+        let host = Host::start(MockDestination::default());
+        let options = Options { compression, streams, bandwidth: Some(1_000_000), ..options() };
+        let (handle, thread) = in_background(MockSource::new(ram.clone()), host.dialer(), options);
+        wait_for(&handle, |progress| progress.phase == Phase::PreCopy && progress.compression.level.is_some());
+        handle.cancel().unwrap();
+        let attempt = thread.join().unwrap();
+        attempt.assert_still_here();
+        assert_eq!(attempt.report.outcome, Outcome::Cancelled);
+        assert!(host.outcome().1.is_err());
+    }
+}
+
+#[test]
+fn cancel_while_the_peer_takes_no_frames() {
+    let (address, kept) = peer_that_does_not_read();
+    let dial = Arc::new(TcpDialer::new(address.to_string(), timeouts()));
+    let options = Options { compression: Compression::Zstd(1), ..options() };
+    let ram = MockRam::new(20_000, LogMode::Manual);
+    let mut random = Random(1);
+    // Half noise: it gets shorter, but not short enough for the sockets' buffers.
+    for page in ram.lock().bytes.chunks_mut(4096) {
+        page[..2048].chunks_mut(8).for_each(|word| word.copy_from_slice(&random.next().to_le_bytes()));
+    }
+    let (handle, thread) = in_background(MockSource::new(ram), dial, options);
+    let _streams = kept.recv_timeout(HANG).unwrap();
+    wait_for(&handle, |progress| progress.phase == Phase::PreCopy && progress.elapsed > Duration::from_secs(1));
+    handle.cancel().unwrap();
+    let attempt = thread.join().unwrap();
+    attempt.assert_still_here();
+    assert_eq!(attempt.report.outcome, Outcome::Cancelled);
+}
+
+/// Offers a VM to a host whose agent is this test, and sends bytes on its page stream. What the host made of it.
+fn sent_to(host: &Host, compressed: bool, bytes: &[u8]) -> (MockDestination, String) {
+    use migrator::wire::preamble::Preamble;
+    let id = MigrationId::random().unwrap();
+    let vm = MockSource::new(MockRam::new(600, LogMode::Manual)).description();
+    let dialer = host.dialer();
+    request::offer(&*dialer, &Offer { id, vm, streams: 1, verify: false, compressed }, HANG).unwrap().unwrap();
+    let dial = |role| dialer.dial(&Preamble { role, stream: 0, id }).unwrap().split().unwrap();
+    let (_control, mut pages) = (dial(Role::Control), dial(Role::Pages));
+    pages.writer.write_all(bytes).unwrap();
+    pages.writer.finish().unwrap();
+    let (vm, result) = host.outcome();
+    let Err(ReceiveError::GaveUp(error)) = result else { panic!("{result:?}") };
+    (vm, error.to_string())
+}
+
+#[test]
+fn hostile_frames_end_the_migration() {
+    use migrator::bitmap::ChunkBits;
+    use migrator::pages::{Chunk, PageFrame};
+    let golden = include_str!("golden/v2/page-chunk-packed.hex");
+    let good: Vec<u8> = golden.split_whitespace().map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
+    let (_, frame) = good.split_at(160);
+    let chunk = |pages: u64, packed: usize, body: &[u8]| {
+        let mut data = ChunkBits::default();
+        (0..pages).for_each(|page| data.set(page));
+        let zero = ChunkBits::default();
+        let header = PageFrame::Chunk(Chunk { round: 1, chunk: 0, data, zero, packed: packed as u32 }).encode();
+        // The header of the next frame comes with the body.
+        [&header[..], body, &[0; 160]].concat()
+    };
+    let garbage = [0x5a; 4000];
+    let doubled = [frame, frame].concat();
+    let mut turned = frame.to_vec();
+    *turned.last_mut().unwrap() ^= 0x80;
+    // 8 GiB of one byte in 256 KB.
+    let mut bomb = vec![0x28, 0xb5, 0x2f, 0xfd, 0x00, 0x38];
+    for block in 1..=65_536u32 {
+        bomb.extend(&((128 << 13) | 2 | u32::from(block == 65_536)).to_le_bytes()[..3]);
+        bomb.push(b'x');
+    }
+    for (bytes, says) in [
+        (chunk(3, 3 * 4096, &vec![0; 3 * 4096]), "packed"),
+        (chunk(3, u32::MAX as usize, &[]), "packed"),
+        (chunk(3, garbage.len(), &garbage), "is not one zstd frame"),
+        (chunk(3, frame.len() - 1, &frame[..frame.len() - 1]), "is not one zstd frame"),
+        (chunk(3, frame.len() + 1, &[frame, &[0]].concat()), "is not one zstd frame"),
+        (chunk(6, doubled.len(), &doubled), "is not one zstd frame"),
+        (chunk(2, frame.len(), frame), "cannot be decompressed"),
+        (chunk(4, frame.len(), frame), "holds 12288 bytes of 16384"),
+        (chunk(3, turned.len(), &turned), "cannot be decompressed"),
+        (chunk(512, bomb.len(), &bomb), "cannot be decompressed"),
+        (good[..170].to_vec(), "the other side closed it"),
+    ] {
+        let host = Host::start(MockDestination::default());
+        let (vm, error) = sent_to(&host, true, &bytes);
+        assert!(error.contains(says), "{says}: {error}");
+        assert!(vm.fate.discarded.load(Ordering::SeqCst) && host.steps().last() == Some(&Step::GaveUp));
+    }
+    // A good one, which was not announced; and one that was: then it is what comes next that is wrong.
+    let host = Host::start(MockDestination::default());
+    let (_, error) = sent_to(&host, false, &chunk(3, frame.len(), frame));
+    assert!(error.contains("of which the offer said nothing"), "{error}");
+    let host = Host::start(MockDestination::default());
+    let (_, error) = sent_to(&host, true, &chunk(3, frame.len(), frame));
+    assert!(error.contains("checksum"), "{error}");
+}
+
 #[test]
 fn does_not_converge_and_says_so() {
-    let ram = filled(4000, LogMode::Manual);
+    let ram = filled(600, LogMode::Manual);
     let host = Host::start(MockDestination::default());
-    let mut options = Options { bandwidth: Some(20_000_000), max_downtime: Duration::from_millis(60), ..options() };
+    // Slow enough that the guest is faster on a busy machine, too.
+    let mut options = Options { bandwidth: Some(2_000_000), max_downtime: Duration::from_millis(60), ..options() };
     options.convergence.stall_time = Duration::from_millis(300);
-    let guest = Guest::run(ram.clone(), 4000, Duration::from_nanos(1));
+    let guest = Guest::run(ram.clone(), 600, Duration::from_nanos(1));
     let attempt = migrate(MockSource::new(ram), host.dialer(), &options, &MigrationHandle::new());
     drop(guest);
     attempt.assert_still_here();

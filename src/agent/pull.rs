@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use migrator::driver::request::{Pull, Pulling};
 use migrator::transport::tls::Identity;
-use migrator::{Owner, Report};
+use migrator::{Compression, Owner, Report};
 use serde::{Deserialize, Serialize};
 
 use super::{Agent, with_port};
@@ -25,6 +25,8 @@ pub struct PullSettings {
     pub bandwidth: Option<u64>,
     /// Page streams.
     pub streams: u16,
+    /// Whether pages are compressed.
+    pub compression: Compression,
     /// How memory moves.
     pub mode: Mode,
     /// Compare hashes of all memory at the switchover.
@@ -71,7 +73,8 @@ pub(super) fn serve(
     );
     let (runtime, vm) = (&agent.runtime, pull.vm.as_str());
     ensure!(runtime.vm(vm)?.exists(), "there is no VM {vm} on this host");
-    let PullSettings { max_downtime_us, timeout_ms, bandwidth, streams, mode, verify, dead_after_ms } = settings;
+    let PullSettings { max_downtime_us, timeout_ms, bandwidth, streams, compression, mode, verify, dead_after_ms } =
+        settings;
     let (to, addresses, link) = (pull.to.clone(), resolve(&pull.to), agent.peers.link()?);
     let request = MigrateRequest {
         to,
@@ -80,6 +83,7 @@ pub(super) fn serve(
         timeout_ms,
         bandwidth,
         streams,
+        compression,
         mode,
         verify,
         dead_after_ms,

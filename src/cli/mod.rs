@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use migrator::Compression;
 
 pub mod trust;
 
@@ -216,6 +217,9 @@ pub struct MoveArgs {
     /// TCP connections over which pages go, 1 to 16: more than one helps where one does not fill the link
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
     pub streams: u16,
+    /// Compress pages: auto (where that is faster, as measured meanwhile), none, zstd or zstd:LEVEL (-7 to 12)
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub compress: Compression,
     /// How memory moves
     #[arg(long, value_enum, default_value_t = Mode::PreCopy)]
     pub mode: Mode,

@@ -1,6 +1,7 @@
 //! `microvm inspect`.
 
 use anyhow::Result;
+use migrator::report::CompressionReport;
 use vmm::sandbox::Sandbox;
 
 use crate::cli::InspectArgs;
@@ -92,6 +93,12 @@ fn sandbox(sandbox: &Sandbox) -> String {
     format!("system calls filtered, {user}, {landlock}")
 }
 
+/// What compression did: `zstd:1 to 31 %`.
+pub fn compressed(c: &CompressionReport) -> String {
+    let how = c.level.map_or("raw".into(), |level| format!("zstd:{level}"));
+    format!("{how} to {} %", (100 * c.sent_bytes).checked_div(c.raw_bytes).unwrap_or(100))
+}
+
 /// A migration's progress on one line.
 pub fn progress(m: &ProgressView) -> String {
     use migrator::Phase;
@@ -109,6 +116,9 @@ pub fn progress(m: &ProgressView) -> String {
         let percent = (100 * m.pages_done).checked_div(m.pages_total).unwrap_or(100);
         add(format!("round {} {percent} %", m.round));
         add(format!("{} sent", format_bytes(m.bytes_sent)));
+    }
+    if let Some(c) = m.compression.as_ref().filter(|c| c.level.is_some()) {
+        add(compressed(c));
     }
     if let Some(rate) = m.dirty_rate {
         add(format!("dirtying {}/s", format_bytes(rate)));

@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use migrator::{Outcome, Owner, Phase, Report};
 
-use super::inspect::progress;
+use super::inspect::{compressed, progress};
 use crate::cli::MigrateArgs;
 use crate::client::{self, Conversation};
 use crate::journals::{Left, in_doubt};
@@ -31,6 +31,7 @@ pub fn run(runtime: &Runtime, args: &MigrateArgs) -> Result<u8> {
         timeout_ms: how.timeout.map(|t| t.as_millis() as u64),
         bandwidth: how.bandwidth,
         streams: how.streams,
+        compression: how.compress,
         mode: how.mode,
         verify: how.verify,
         dead_after_ms: how.dead_after.as_millis() as u64,
@@ -192,11 +193,20 @@ pub(super) fn tell(report: &Report, exit: Option<&Exit>, json: bool, source: &st
             let blackout =
                 report.blackout_ms.map_or("it was paused and stays so".into(), |ms| format!("blackout {ms:.2} ms"));
             println!(
-                "{vm} runs on {to}: {blackout}, total {:.2} s, rounds: {}, {} sent",
+                "{vm} runs on {to}: {blackout}, total {:.2} s, rounds: {}, {} sent{}",
                 report.total_ms / 1e3,
                 report.rounds.len(),
-                format_bytes(report.bytes_sent)
+                format_bytes(report.bytes_sent),
+                report
+                    .compression
+                    .iter()
+                    .filter(|c| c.level.is_some())
+                    .map(|c| format!(" ({})", compressed(c)))
+                    .collect::<String>()
             );
+            if let Some(limit) = &report.limit {
+                println!("  limited by {}", limit.sentence);
+            }
         }
         (Outcome::Completed, _) => {}
         (Outcome::Cancelled, _) if exit.is_none() => eprintln!("microvm: cancelled; {vm} runs on {source}"),

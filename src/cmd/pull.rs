@@ -31,6 +31,7 @@ pub fn run(args: &PullArgs) -> Result<u8> {
         timeout_ms: how.timeout.map(|t| t.as_millis() as u64),
         bandwidth: how.bandwidth,
         streams: how.streams,
+        compression: how.compress,
         mode: how.mode,
         verify: how.verify,
         dead_after_ms: how.dead_after.as_millis() as u64,

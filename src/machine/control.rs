@@ -147,6 +147,6 @@ fn watch(
             return Ok(Answer::Report { report: Box::new(report), exit });
         }
         // A watcher that went away is no reason to stop anything.
-        send(&Answer::Progress(ProgressView::new(peer, false, &progress)))?;
+        send(&Answer::Progress(Box::new(ProgressView::new(peer, false, &progress))))?;
     }
 }

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use migrator::handoff::HandoffRecord;
 use migrator::options::Timeouts;
-use migrator::{Options, Progress, Report};
+use migrator::report::CompressionReport;
+use migrator::{Compression, Options, Progress, Report};
 use serde::{Deserialize, Serialize};
 use vmm::sandbox::Sandbox;
 
@@ -57,6 +58,8 @@ pub struct MigrateRequest {
     pub bandwidth: Option<u64>,
     /// Page streams.
     pub streams: u16,
+    /// Whether pages are compressed.
+    pub compression: Compression,
     /// `pre-copy` or `stop-and-copy`.
     pub mode: Mode,
     /// Compare hashes of all memory at the switchover.
@@ -96,6 +99,7 @@ impl MigrateRequest {
             timeout: self.timeout_ms.map(Duration::from_millis),
             bandwidth: self.bandwidth,
             streams: self.streams,
+            compression: self.compression,
             verify: self.verify,
             timeouts: Timeouts::with_dead_after(Duration::from_millis(self.dead_after_ms)),
             ..Options::default()
@@ -114,7 +118,7 @@ pub enum Answer {
     /// [`Request::Inspect`].
     Vm(Box<VmView>),
     /// How far a migration is.
-    Progress(ProgressView),
+    Progress(Box<ProgressView>),
     /// How it ended, or how it stands if it is in doubt for long.
     Report {
         /// What there is to say of it.
@@ -189,6 +193,8 @@ pub struct ProgressView {
     pub pages_total: u64,
     /// Bytes sent so far.
     pub bytes_sent: u64,
+    /// What compression did so far; nothing on the side that receives.
+    pub compression: Option<CompressionReport>,
     /// Bytes a second that the guest dirties.
     pub dirty_rate: Option<u64>,
     /// Bytes a second that the link carries.
@@ -263,6 +269,7 @@ impl ProgressView {
             pages_done: progress.pages_done,
             pages_total: progress.pages_total,
             bytes_sent: progress.bytes_sent,
+            compression: (!incoming).then(|| progress.compression.clone()),
             dirty_rate: progress.dirty_rate,
             bandwidth: progress.bandwidth,
             eta_ms: progress.eta.map(ms),

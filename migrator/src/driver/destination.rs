@@ -347,7 +347,8 @@ impl Driver<'_> {
                     ReceiveEvent::Failed(why) => Event::PagesFailed(why),
                 }));
             });
-            match PageReceiver::start(stream, connection, memory.clone(), self.received.clone(), sink) {
+            let (memory, received) = (memory.clone(), self.received.clone());
+            match PageReceiver::start(stream, connection, memory, self.offer.compressed, received, sink) {
                 Ok(receiver) => self.receivers.push(receiver),
                 Err(error) => {
                     let _ = self.inputs.send(Input::Event(Event::PagesFailed(error.to_string())));

@@ -18,6 +18,7 @@ use crate::traits::Journal;
 pub(crate) mod control;
 mod destination;
 mod pace;
+mod pack;
 pub(crate) mod receive;
 pub mod request;
 mod send;

@@ -28,10 +28,10 @@ impl Pacer {
         start
     }
 
-    /// How many pages may be sent in one go, so that the flow is even: some 20 ms worth.
-    pub fn most_pages(&self) -> u64 {
+    /// How many bytes may be sent in one go, so that the flow is even: some 20 ms worth, in whole pages.
+    pub fn most_bytes(&self) -> u64 {
         let pages = self.bytes_per_second * BURST.as_secs_f64() / PAGE_BYTES as f64;
-        (pages as u64).clamp(1, CHUNK_PAGES)
+        (pages as u64).clamp(1, CHUNK_PAGES) * PAGE_BYTES
     }
 }
 
@@ -43,7 +43,7 @@ mod tests {
     fn holds_the_rate_within_five_percent() {
         for rate in [100_000u64, 10_000_000, 5_000_000_000] {
             let mut pacer = Pacer::new(rate);
-            let bytes = pacer.most_pages() * PAGE_BYTES;
+            let bytes = pacer.most_bytes();
             let (mut now, mut sent) = (Duration::ZERO, 0u64);
             while now < Duration::from_secs(10) {
                 now = now.max(pacer.reserve(now, bytes)) + Duration::from_micros(50);

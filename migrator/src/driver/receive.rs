@@ -7,8 +7,9 @@ use std::thread::{self, JoinHandle};
 
 use super::guarded;
 use super::send::pieces;
+use crate::compress::Unpacker;
 use crate::layout::PageRun;
-use crate::pages::{FRAME_BYTES, Marker, PageFrame};
+use crate::pages::{Chunk, FRAME_BYTES, Marker, PageFrame};
 use crate::traits::{Closer, Connection, ConnectionReader, GuestPages, Split};
 
 /// What a stream says.
@@ -33,6 +34,7 @@ impl PageReceiver {
         stream: u16,
         connection: Box<dyn Connection>,
         memory: Arc<dyn GuestPages>,
+        compressed: bool,
         received: Arc<AtomicU64>,
         sink: Sink,
     ) -> io::Result<Self> {
@@ -40,7 +42,8 @@ impl PageReceiver {
         // Silence is no failure here: the source may have nothing to send. The control connection tells whether it lives.
         reader.set_timeout(None)?;
         let thread = thread::Builder::new().name("pages-receive".into()).spawn(move || {
-            let result = guarded(|| receive(stream, &mut *reader, &*memory, &received, &sink)).flatten();
+            let work = || receive(stream, &mut *reader, &*memory, compressed, &received, &sink);
+            let result = guarded(work).flatten();
             if let Err(error) = result {
                 sink(ReceiveEvent::Failed(match error.kind() {
                     io::ErrorKind::UnexpectedEof => "the other side closed it".into(),
@@ -66,15 +69,18 @@ impl Drop for PageReceiver {
     }
 }
 
+/// Takes pages in until the stream ends. Compressed ones only if the offer said so.
 pub(crate) fn receive(
     stream: u16,
     reader: &mut dyn ConnectionReader,
     memory: &dyn GuestPages,
+    compressed: bool,
     received: &AtomicU64,
     sink: &Sink,
 ) -> io::Result<()> {
     let invalid = |error: String| io::Error::new(io::ErrorKind::InvalidData, error);
     let mut buffer = Vec::new();
+    let mut frames = compressed.then(Frames::new);
     let mut header = [0; FRAME_BYTES];
     let mut count = Marker { round: 1, ..Marker::default() };
     reader.read_exact(&mut header)?;
@@ -86,10 +92,14 @@ pub(crate) fn receive(
                     memory.clear(run)?;
                 }
                 let runs: Vec<PageRun> = chunk.data_runs().collect();
-                match reader.socket() {
+                match (reader.socket(), &mut frames) {
+                    (_, Some(frames)) if chunk.packed != 0 => frames.take(&chunk, memory, &mut header, reader)?,
+                    _ if chunk.packed != 0 => {
+                        return Err(invalid("a compressed chunk, of which the offer said nothing".into()));
+                    }
                     // There is always another frame, so its header comes with the pages.
-                    Some(socket) => memory.receive(&runs, &mut header, socket)?,
-                    None => copy_pages(memory, &runs, &mut header, reader, &mut buffer)?,
+                    (Some(socket), _) => memory.receive(&runs, &mut header, socket)?,
+                    (None, _) => copy_pages(memory, &runs, &mut header, reader, &mut buffer)?,
                 }
                 received.fetch_add(chunk.data.count() + chunk.zero.count(), Ordering::Relaxed);
             }
@@ -102,6 +112,42 @@ pub(crate) fn receive(
                 return Err(invalid(format!("{frame:?} does not fit what came before it in round {}", count.round)));
             }
         }
+    }
+}
+
+/// The way of compressed chunks: through a buffer for the frame and one for its pages, neither longer than a chunk.
+struct Frames {
+    unpacker: Unpacker,
+    frame: Vec<u8>,
+    pages: Vec<u8>,
+}
+
+impl Frames {
+    fn new() -> Self {
+        Self { unpacker: Unpacker::new(), frame: Vec::new(), pages: Vec::new() }
+    }
+
+    /// Puts the chunk's pages into memory, and what comes after its frame into `tail`. Nothing of a bad frame gets into memory.
+    fn take(
+        &mut self,
+        chunk: &Chunk,
+        memory: &dyn GuestPages,
+        tail: &mut [u8; FRAME_BYTES],
+        reader: &mut dyn Read,
+    ) -> io::Result<()> {
+        self.frame.resize(chunk.packed as usize + FRAME_BYTES, 0);
+        reader.read_exact(&mut self.frame)?;
+        let (frame, next) = self.frame.split_at(chunk.packed as usize);
+        self.pages.resize(chunk.data_bytes() as usize, 0);
+        self.unpacker.unpack(frame, &mut self.pages)?;
+        let mut rest = &self.pages[..];
+        for run in chunk.data_runs() {
+            let (pages, later) = rest.split_at(run.bytes() as usize);
+            memory.write(run, pages)?;
+            rest = later;
+        }
+        tail.copy_from_slice(next);
+        Ok(())
     }
 }
 

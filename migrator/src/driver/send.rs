@@ -1,17 +1,25 @@
-//! The page streams of the source: one thread each, which take chunks of the round in hand until none is left.
+//! The page streams of the source: one thread each, which take chunks of the round in hand until none is left. A chunk goes
+//! from guest memory to the socket, or through the workers of [`super::pack`].
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::time::{ClockId, clock_gettime};
+
 use super::control::lock;
 use super::guarded;
 use super::pace::Pacer;
+use super::pack::{BATCH_BYTES, InHand, Line, Packed, Packing, ready, wait};
 use crate::bitmap::{Bitmap, ChunkBits};
+use crate::compress::{Choice, Compression};
 use crate::layout::{CHUNK_PAGES, PAGE_BYTES, PageRun};
+use crate::limit::Spent;
 use crate::pages::{Chunk, FRAME_BYTES, Marker, PageFrame};
+use crate::report::CompressionReport;
 use crate::traits::{Closer, Connection, ConnectionWriter, GuestPages, Part, Split};
 
 /// The most chunks that one write carries, however few pages they have.
@@ -35,6 +43,56 @@ pub(super) struct Sending {
     pub pages: AtomicU64,
     /// Bytes of all rounds.
     pub bytes: AtomicU64,
+    totals: Mutex<Totals>,
+}
+
+/// Of all rounds and streams.
+#[derive(Clone, Debug, Default)]
+struct Totals {
+    /// Bytes of pages that were sent, and what they were on the wire.
+    raw_bytes: u64,
+    sent_bytes: u64,
+    /// Bytes of pages by what was done with them.
+    by_choice: Vec<(Choice, u64)>,
+    spent: Spent,
+}
+
+impl Sending {
+    /// Enters what was written.
+    fn enter(&self, packed: &[Packed]) {
+        let mut totals = lock(&self.totals);
+        for Packed { chunk, choice, .. } in packed {
+            self.pages.fetch_add(chunk.data.count() + chunk.zero.count(), Ordering::Relaxed);
+            totals.raw_bytes += chunk.data_bytes();
+            totals.sent_bytes += chunk.body_bytes();
+            let choice = if chunk.packed == 0 { Choice::Raw } else { *choice };
+            match totals.by_choice.iter_mut().find(|(known, _)| *known == choice) {
+                Some((_, bytes)) => *bytes += chunk.data_bytes(),
+                None => totals.by_choice.push((choice, chunk.data_bytes())),
+            }
+        }
+    }
+
+    fn spend(&self, spent: Spent) {
+        let all = &mut lock(&self.totals).spent;
+        *all = all.plus(spent);
+    }
+
+    /// What the threads' time went into.
+    pub fn spent(&self) -> Spent {
+        lock(&self.totals).spent
+    }
+
+    /// What compression did so far.
+    pub fn compression(&self, mode: Compression) -> CompressionReport {
+        let Totals { raw_bytes, sent_bytes, by_choice, .. } = &*lock(&self.totals);
+        let most = by_choice.iter().max_by_key(|(_, bytes)| *bytes);
+        let level = most.and_then(|(choice, _)| match choice {
+            Choice::Raw => None,
+            Choice::Zstd(level) => Some(*level),
+        });
+        CompressionReport { mode: mode.to_string(), level, raw_bytes: *raw_bytes, sent_bytes: *sent_bytes }
+    }
 }
 
 /// One round, shared by all streams.
@@ -48,11 +106,49 @@ struct Round {
     open: Mutex<(usize, Marker)>,
 }
 
+impl Round {
+    /// The next chunk of which pages are to be sent.
+    fn next(&self, chunks: u64) -> Option<Wanted> {
+        loop {
+            let chunk = self.next_chunk.fetch_add(1, Ordering::Relaxed);
+            if chunk >= chunks {
+                return None;
+            }
+            let pages = self.pages.chunk(chunk);
+            if !pages.is_empty() {
+                return Some(Wanted { chunk, pages, armed: false });
+            }
+        }
+    }
+}
+
+/// Pages of one chunk that are to be sent.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
+    chunk: u64,
+    pages: ChunkBits,
+    /// They were armed again already.
+    armed: bool,
+}
+
+impl Wanted {
+    /// Arms them again, if that is to be, and looks which are all zeros.
+    pub fn look(&self, memory: &dyn GuestPages, round: u32, rearm: bool) -> io::Result<Chunk> {
+        if rearm && !self.armed {
+            // Before the pages are looked at: a write from here on is logged again.
+            memory.rearm(self.chunk, &self.pages)?;
+        }
+        let zero = memory.find_zero(self.chunk, &self.pages)?.and(&self.pages);
+        Ok(Chunk { round, chunk: self.chunk, data: self.pages.minus(&zero), zero, packed: 0 })
+    }
+}
+
 /// All page streams.
 pub(super) struct PageSenders {
     rounds: Vec<mpsc::Sender<Arc<Round>>>,
     closers: Vec<Arc<dyn Closer>>,
     threads: Vec<JoinHandle<()>>,
+    packing: Packing,
     stop: Arc<AtomicBool>,
     pub sending: Arc<Sending>,
 }
@@ -61,15 +157,18 @@ impl PageSenders {
     pub fn start(
         connections: Vec<Box<dyn Connection>>,
         memory: &Arc<dyn GuestPages>,
+        compression: Compression,
         bandwidth: Option<u64>,
         stall: Duration,
         sink: &Sink,
     ) -> io::Result<Self> {
+        let stop = Arc::default();
         let mut senders = Self {
             rounds: Vec::new(),
             closers: Vec::new(),
             threads: Vec::new(),
-            stop: Arc::default(),
+            packing: Packing::new(compression, connections.len(), bandwidth, memory, &stop),
+            stop,
             sending: Arc::default(),
         };
         let pacer = bandwidth.map(|rate| Arc::new(Mutex::new(Pacer::new(rate))));
@@ -85,19 +184,29 @@ impl PageSenders {
                 sending: senders.sending.clone(),
                 began: Instant::now(),
                 buffer: Vec::new(),
+                line: senders.packing.line(),
+                in_hand: VecDeque::new(),
+                spare: Vec::new(),
+                spent: Spent::default(),
             };
             let sink = sink.clone();
             senders.rounds.push(rounds);
             senders.closers.push(closer);
             senders.threads.push(thread::Builder::new().name("pages-send".into()).spawn(move || {
                 while let Ok(round) = queue.recv() {
-                    match guarded(|| stream.send(&round)).flatten() {
+                    let (began, cpu) = (Instant::now(), cpu_time());
+                    let sent = guarded(|| stream.send(&round)).flatten();
+                    stream.spent.all += began.elapsed();
+                    stream.spent.cpu += cpu_time() - cpu;
+                    stream.sending.spend(std::mem::take(&mut stream.spent));
+                    match sent {
                         Ok(marker) => {
                             let mut open = lock(&round.open);
                             open.0 -= 1;
                             open.1.chunks += marker.chunks;
                             open.1.data_pages += marker.data_pages;
                             open.1.zero_pages += marker.zero_pages;
+                            open.1.body_bytes += marker.body_bytes;
                             if open.0 == 0 {
                                 sink(SendEvent::Sent(open.1));
                             }
@@ -113,6 +222,8 @@ impl PageSenders {
     /// Sends a round. The one before it must be closed.
     pub fn send(&self, n: u32, pages: Bitmap, rearm: bool) {
         self.sending.pages.store(0, Ordering::Relaxed);
+        // Of the last round, pages need not be armed again.
+        self.packing.shared.round((!rearm).then(|| pages.count() * PAGE_BYTES));
         let open = Mutex::new((self.rounds.len(), Marker { round: n, ..Marker::default() }));
         let round = Arc::new(Round { n, pages, next_chunk: AtomicU64::new(0), rearm, open });
         for stream in &self.rounds {
@@ -131,6 +242,7 @@ impl PageSenders {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+        self.packing.close();
     }
 }
 
@@ -149,80 +261,171 @@ struct Stream {
     began: Instant,
     /// For connections that pages cannot go to directly.
     buffer: Vec<u8>,
+    line: Line,
+    /// Chunks that are being compressed, in the order in which they were begun.
+    in_hand: VecDeque<InHand>,
+    /// Buffers for frames.
+    spare: Vec<Vec<u8>>,
+    /// Since it was last entered in `sending`.
+    spent: Spent,
+}
+
+/// What goes out with the next write.
+#[derive(Default)]
+struct Batch {
+    parts: Vec<Packed>,
+    bytes: u64,
+}
+
+impl Batch {
+    fn is_full(&self) -> bool {
+        self.bytes >= BATCH_BYTES || self.parts.len() >= MAX_BATCH_CHUNKS
+    }
 }
 
 impl Stream {
     /// Sends chunks of the round until none is left, and the marker.
     fn send(&mut self, round: &Round) -> io::Result<Marker> {
         let mut marker = Marker { round: round.n, ..Marker::default() };
-        let most_pages = self.pacer.as_ref().map_or(CHUNK_PAGES, |pacer| lock(pacer).most_pages());
-        let mut batch = Vec::new();
-        let mut batch_pages = 0;
+        let mut batch = Batch::default();
+        let mut add = |batch: &mut Batch, packed: Packed| {
+            marker.add(&packed.chunk);
+            batch.bytes += packed.chunk.body_bytes();
+            batch.parts.push(packed);
+        };
         let chunks = self.memory.layout().chunks();
+        let mut rest = None;
         loop {
-            let chunk = round.next_chunk.fetch_add(1, Ordering::Relaxed);
-            if chunk >= chunks {
-                break;
-            }
-            let wanted = round.pages.chunk(chunk);
-            if wanted.is_empty() {
-                continue;
-            }
             if self.stop.load(Ordering::Relaxed) {
                 return Err(stopped());
             }
-            if round.rearm {
-                // Before the pages are looked at: a write from here on is logged again.
-                self.memory.rearm(chunk, &wanted)?;
+            // What has been compressed goes first.
+            while !batch.is_full()
+                && let Some(packed) = self.ready()?
+            {
+                add(&mut batch, packed);
             }
-            let mut zero = self.memory.find_zero(chunk, &wanted)?.and(&wanted);
-            let mut left = wanted.minus(&zero);
-            while !left.is_empty() || !zero.is_empty() {
-                let data = left.first(most_pages);
-                left = left.minus(&data);
-                let part = Chunk { round: round.n, chunk, data, zero: std::mem::take(&mut zero) };
-                batch_pages += data.count();
-                marker.add(&part);
-                batch.push(part);
-                if batch_pages >= most_pages || batch.len() >= MAX_BATCH_CHUNKS {
-                    self.write(&batch, None)?;
-                    batch.clear();
-                    batch_pages = 0;
+            // With a rest, something is to be learned before it is sent.
+            if batch.is_full() || rest.is_some() && !batch.parts.is_empty() {
+                self.write(&mut batch, None)?;
+            } else if self.in_hand.len() < self.line.ahead
+                && let Some(wanted) = rest.take().or_else(|| round.next(chunks))
+            {
+                if let Some(raw) = self.begin(round, wanted, &mut rest)? {
+                    add(&mut batch, raw);
                 }
+            } else if !self.in_hand.is_empty() {
+                // What there is goes before there is nothing to do but wait.
+                self.write(&mut batch, None)?;
+                add(&mut batch, self.wait()?);
+            } else {
+                break;
             }
         }
-        self.write(&batch, Some(marker))?;
+        self.write(&mut batch, Some(marker))?;
         Ok(marker)
     }
 
-    /// Writes chunks, and the marker if the round ends, at once.
-    fn write(&mut self, batch: &[Chunk], marker: Option<Marker>) -> io::Result<()> {
-        let headers: Vec<[u8; FRAME_BYTES]> = batch
+    /// Gives a chunk to the workers, or gets it ready to go as it is. What is left of it for another choice is put into `rest`.
+    fn begin(&mut self, round: &Round, mut wanted: Wanted, rest: &mut Option<Wanted>) -> io::Result<Option<Packed>> {
+        let mut choice = self.line.shared.choose();
+        if choice == Choice::Raw {
+            let began = Instant::now();
+            let mut chunk = wanted.look(&*self.memory, round.n, round.rearm)?;
+            wanted.armed = true;
+            if self.line.sample(&chunk)? {
+                choice = self.line.shared.choose();
+            }
+            self.spent.pages += began.elapsed();
+            if choice == Choice::Raw {
+                let all = chunk.data;
+                // A cap makes them small, so that watchers see pages move.
+                let capped = self.pacer.as_ref().map_or(CHUNK_PAGES, |pacer| lock(pacer).most_bytes() / PAGE_BYTES);
+                chunk.data = all.first(self.line.shared.most_pages().min(capped));
+                let left = all.minus(&chunk.data);
+                *rest = (!left.is_empty()).then_some(Wanted { pages: left, ..wanted });
+                return Ok(Some(Packed { chunk, choice, frame: Vec::new() }));
+            }
+        }
+        if let Choice::Zstd(level) = choice {
+            let frame = self.spare.pop().unwrap_or_default();
+            self.in_hand.push_back(self.line.start(round.n, wanted, round.rearm, level, frame)?);
+        }
+        Ok(None)
+    }
+
+    /// The first of the chunks in hand, if it is ready.
+    fn ready(&mut self) -> io::Result<Option<Packed>> {
+        let Some(first) = self.in_hand.front() else { return Ok(None) };
+        let packed = ready(first)?;
+        if packed.is_some() {
+            self.in_hand.pop_front();
+        }
+        Ok(packed)
+    }
+
+    /// Waits for it.
+    fn wait(&mut self) -> io::Result<Packed> {
+        let began = Instant::now();
+        let packed = self.in_hand.pop_front().map_or_else(|| Err(stopped()), |first| wait(&first));
+        self.spent.pack += began.elapsed();
+        packed
+    }
+
+    /// Writes what is in the batch, and the marker if the round ends, at once.
+    fn write(&mut self, batch: &mut Batch, marker: Option<Marker>) -> io::Result<()> {
+        let Batch { parts: packed, bytes } = std::mem::take(batch);
+        let headers: Vec<[u8; FRAME_BYTES]> = packed
             .iter()
-            .map(|chunk| PageFrame::Chunk(*chunk))
+            .map(|packed| PageFrame::Chunk(packed.chunk))
             .chain(marker.map(PageFrame::Marker))
             .map(|frame| frame.encode())
             .collect();
+        if headers.is_empty() {
+            return Ok(());
+        }
         let mut parts: Vec<Part<'_>> = Vec::with_capacity(headers.len() * 2);
         for (index, header) in headers.iter().enumerate() {
             parts.push(Part::Bytes(header));
-            if let Some(chunk) = batch.get(index) {
-                parts.extend(chunk.data_runs().map(Part::Pages));
+            match packed.get(index) {
+                Some(Packed { chunk, frame, .. }) if chunk.packed != 0 => parts.push(Part::Bytes(frame)),
+                Some(Packed { chunk, .. }) => parts.extend(chunk.data_runs().map(Part::Pages)),
+                None => {}
             }
         }
-        let pages: u64 = batch.iter().map(|chunk| chunk.data.count()).sum();
-        let zeros: u64 = batch.iter().map(|chunk| chunk.zero.count()).sum();
-        let bytes = headers.len() as u64 * FRAME_BYTES as u64 + pages * PAGE_BYTES;
+        let began = Instant::now();
+        match &self.pacer {
+            None => self.put(&parts)?,
+            Some(pacer) => {
+                let most = lock(pacer).most_bytes();
+                groups(&parts, most).iter().try_for_each(|group| self.put(group))?;
+            }
+        }
+        self.sending.enter(&packed);
+        if let Some(last) = packed.iter().rfind(|packed| !packed.chunk.data.is_empty()) {
+            self.line.shared.wrote(last.choice, bytes, began, Instant::now());
+        }
+        self.spare.extend(packed.into_iter().map(|packed| packed.frame).filter(|frame| frame.capacity() > 0));
+        self.spare.truncate(self.line.ahead);
+        Ok(())
+    }
+
+    /// Writes parts when the cap on bandwidth has room for them.
+    fn put(&mut self, parts: &[Part<'_>]) -> io::Result<()> {
+        let bytes = parts.iter().map(Part::bytes).sum();
+        let began = Instant::now();
         self.pace(bytes)?;
+        let paced = Instant::now();
         match self.writer.socket() {
-            Some(socket) => self.memory.send(&parts, socket),
-            None => copy_parts(&*self.memory, &parts, &mut self.buffer, &mut *self.writer),
+            Some(socket) => self.memory.send(parts, socket),
+            None => copy_parts(&*self.memory, parts, &mut self.buffer, &mut *self.writer),
         }
         .map_err(|error| match crate::transport::is_timeout(&error) {
             true => io::Error::new(io::ErrorKind::TimedOut, "the other side does not take pages any more"),
             false => error,
         })?;
-        self.sending.pages.fetch_add(pages + zeros, Ordering::Relaxed);
+        self.spent.pace += paced - began;
+        self.spent.link += paced.elapsed();
         self.sending.bytes.fetch_add(bytes, Ordering::Relaxed);
         Ok(())
     }
@@ -244,7 +447,60 @@ impl Stream {
     }
 }
 
-fn stopped() -> io::Error {
+/// CPU time of this thread.
+fn cpu_time() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
+}
+
+/// The parts in groups of at most so many bytes, which are whole pages.
+fn groups<'a>(parts: &[Part<'a>], most: u64) -> Vec<Vec<Part<'a>>> {
+    let (mut groups, mut group, mut room) = (Vec::new(), Vec::new(), most);
+    for part in parts {
+        let mut rest = Some(*part);
+        while let Some(part) = rest {
+            let (now, later) = part.cut(room);
+            room -= now.map_or(0, |now| now.bytes());
+            group.extend(now);
+            if later.is_some() {
+                groups.push(std::mem::take(&mut group));
+                room = most;
+            }
+            rest = later;
+        }
+    }
+    groups.push(group);
+    groups
+}
+
+impl<'a> Part<'a> {
+    /// Its length.
+    fn bytes(&self) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes.len() as u64,
+            Self::Pages(run) => run.bytes(),
+        }
+    }
+
+    /// As much of it as has room in so many bytes, whole pages of pages; and what is left.
+    fn cut(self, room: u64) -> (Option<Self>, Option<Self>) {
+        if self.bytes() <= room {
+            return (Some(self), None);
+        }
+        match self {
+            Self::Bytes(bytes) => {
+                let (now, later) = bytes.split_at(room as usize);
+                ((!now.is_empty()).then_some(Self::Bytes(now)), Some(Self::Bytes(later)))
+            }
+            Self::Pages(PageRun { first, pages }) => {
+                let now = room / PAGE_BYTES;
+                let (head, tail) = (PageRun { first, pages: now }, PageRun { first: first + now, pages: pages - now });
+                ((now > 0).then_some(Self::Pages(head)), Some(Self::Pages(tail)))
+            }
+        }
+    }
+}
+
+pub(super) fn stopped() -> io::Error {
     io::Error::new(io::ErrorKind::Interrupted, "stopped")
 }
 
@@ -300,5 +556,45 @@ impl ChunkBits {
             left -= run.pages.min(left);
         }
         bits
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn groups_are_the_parts_and_no_longer_than_they_may_be(
+            lengths in prop::collection::vec((any::<bool>(), 1u64..700), 0..20), most in 1u64..40,
+        ) {
+            let most = most * PAGE_BYTES;
+            let bytes = vec![7; 1 << 20];
+            let mut first = 0;
+            let parts: Vec<Part<'_>> = lengths.iter().map(|(pages, length)| match pages {
+                true => {
+                    first += length + 1;
+                    Part::Pages(PageRun { first: first - length - 1, pages: *length })
+                }
+                false => Part::Bytes(&bytes[..(length * 1000) as usize]),
+            }).collect();
+            // As pages and single bytes, in order.
+            let flat = |parts: &[Part<'_>]| -> Vec<u64> {
+                parts.iter().flat_map(|part| match part {
+                    Part::Bytes(bytes) => vec![u64::MAX; bytes.len()],
+                    Part::Pages(run) => (run.first..run.first + run.pages).collect(),
+                }).collect()
+            };
+            let groups = groups(&parts, most);
+            prop_assert_eq!(flat(&groups.concat()), flat(&parts));
+            for (index, group) in groups.iter().enumerate() {
+                let length: u64 = group.iter().map(Part::bytes).sum();
+                prop_assert!(length <= most);
+                // A page may not fit any more, a byte always does.
+                prop_assert!(index + 1 == groups.len() || length > most - PAGE_BYTES, "{} of {}", length, most);
+            }
+        }
     }
 }

@@ -12,11 +12,13 @@ use super::send::{PageSenders, SendEvent};
 use super::{Unseen, claim, guarded, journal, request};
 use crate::arbiter::Claimant;
 use crate::bitmap::Bitmap;
+use crate::compress::Compression;
 use crate::handle::MigrationHandle;
 use crate::handoff::Step;
 use crate::id::MigrationId;
+use crate::limit::{self, Facts};
 use crate::options::Options;
-use crate::report::{Phase, Report};
+use crate::report::{Phase, Report, RoundReport};
 use crate::source::{Action, Event, Saved, Source};
 use crate::traits::{Connection, Dialer, GuestPages, Journal, SourceVm, VmDescription, VmError};
 use crate::transport::ConnectError;
@@ -189,6 +191,7 @@ impl Driver<'_> {
                         vm: self.description.clone(),
                         streams: self.options.streams,
                         verify: self.options.verify,
+                        compressed: self.options.compression != Compression::None,
                     },
                 );
                 let limit = self.options.timeouts.request;
@@ -205,7 +208,7 @@ impl Driver<'_> {
                 let (dial, id, limit) = (self.dial.clone(), self.id, self.options.timeouts.request);
                 let asked = self.began.elapsed();
                 self.handle.update(|progress| progress.last_asked = Some(asked));
-                self.handle.publish(self.machine.report());
+                self.handle.publish(self.report());
                 self.spawn(|answer| Input::Event(Event::Asked(answer)), move || request::ask(&*dial, id, limit));
             }
             Action::Claim => {
@@ -282,6 +285,7 @@ impl Driver<'_> {
         let senders = PageSenders::start(
             connections.pages,
             &self.memory,
+            self.options.compression,
             self.options.bandwidth,
             self.options.timeouts.page_stall,
             &(Arc::new(move |event| {
@@ -325,6 +329,7 @@ impl Driver<'_> {
         let eta = precopy.predict(left).map(|time| time.saturating_sub(precopy.costs.total()));
         let predicted = precopy.predict(left);
         let (bandwidth, dirty_rate) = (known(precopy.bandwidth()), known(precopy.dirty_rate()));
+        let compression = sending.compression(self.options.compression);
         let (round, elapsed) = (self.machine.round_number(), self.began.elapsed());
         self.handle.update(|progress| {
             // Done it is when the report is there, and not before.
@@ -335,6 +340,7 @@ impl Driver<'_> {
             progress.pages_done = done;
             progress.pages_total = self.round_pages;
             progress.bytes_sent = sending.bytes.load(Ordering::Relaxed);
+            progress.compression = compression;
             progress.dirty_rate = dirty_rate;
             progress.bandwidth = bandwidth;
             progress.eta = eta;
@@ -346,11 +352,33 @@ impl Driver<'_> {
         });
     }
 
+    /// The machine's report, with what only the streams know.
+    fn report(&self) -> Report {
+        let mut report = self.machine.report();
+        if let Some(senders) = &self.senders {
+            let compression = senders.sending.compression(self.options.compression);
+            let pages = |rounds: &[RoundReport]| rounds.iter().map(|round| round.pages).sum();
+            report.limit = limit::judge(&Facts {
+                options: &self.options,
+                total: self.began.elapsed(),
+                spent: senders.sending.spent(),
+                bytes_sent: report.bytes_sent,
+                pages: pages(&report.rounds),
+                pages_again: pages(report.rounds.get(1..).unwrap_or_default()),
+                page_rate: self.machine.precopy().bandwidth(),
+                dirty_rate: self.machine.precopy().dirty_rate(),
+                compressed: compression.level.is_some(),
+            });
+            report.compression = Some(compression);
+        }
+        report
+    }
+
     fn finish(mut self) -> Report {
         if let Some(control) = self.control.take() {
             control.finish(LAST_WORDS);
         }
-        let report = self.machine.report();
+        let report = self.report();
         self.handle.publish(report.clone());
         self.handle.update(|progress| progress.phase = Phase::Done);
         report

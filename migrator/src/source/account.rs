@@ -95,10 +95,6 @@ impl Account {
         took
     }
 
-    pub fn last_bytes(&self) -> u64 {
-        self.rounds.last().map_or(0, |round| round.bytes_sent)
-    }
-
     pub fn dirty_after(&mut self, pages: u64) {
         if let Some(round) = self.rounds.last_mut() {
             round.dirty_pages_after = pages;
@@ -217,6 +213,9 @@ impl Account {
             blackout_ms: self.blackout_time.map(ms),
             blackout: self.blackout.clone(),
             bytes_sent: self.rounds.iter().map(|round| round.bytes_sent).sum(),
+            // The driver knows.
+            compression: None,
+            limit: None,
             ram_bytes: self.ram_bytes,
             predicted_blackout_ms: self.predicted.map(ms),
             announce: self.running.as_ref().map(|running| running.announce.clone()),

@@ -432,7 +432,7 @@ impl Source {
         if n != self.account.round() || self.arrived.is_some() {
             return Err(MigrateError::Protocol(format!("ROUND_DONE {n} in round {}", self.account.round())));
         }
-        self.arrived = Some(Marker { round: n, chunks: 0, data_pages, zero_pages });
+        self.arrived = Some(Marker { round: n, data_pages, zero_pages, ..Marker::default() });
         self.account.round_arrived();
         Ok(())
     }
@@ -447,7 +447,8 @@ impl Source {
             )));
         }
         let took = self.account.close_round(sent, self.options.streams);
-        self.precopy.round_done(self.account.last_bytes(), took);
+        // What is left will be counted in pages: so are these, however short they were made for the link.
+        self.precopy.round_done(sent.uncompressed_bytes(), took);
         Ok(true)
     }
 

@@ -27,6 +27,8 @@ pub struct Offer {
     pub streams: u16,
     /// Memory will be compared by hash.
     pub verify: bool,
+    /// Chunks may come compressed.
+    pub compressed: bool,
 }
 
 /// "Move this VM to me."

@@ -310,7 +310,7 @@ impl World {
             if self.random.chance(30) {
                 self.here.memory.guest_writes(&mut self.random);
             }
-            let frame = Chunk { round: n, chunk, data: wanted.minus(&zero), zero };
+            let frame = Chunk { round: n, chunk, data: wanted.minus(&zero), zero, packed: 0 };
             let stream = self.random.below(self.here.streams.into()) as usize;
             self.here.sent[stream].add(&frame);
             let mut pages = Vec::new();
@@ -363,7 +363,7 @@ impl World {
             match purpose {
                 Purpose::Offer => {
                     let (vm, verify) = (description(&self.here.memory), self.here.verify);
-                    let offer = Offer { id: self.id, vm, streams: self.here.streams, verify };
+                    let offer = Offer { id: self.id, vm, streams: self.here.streams, verify, compressed: false };
                     self.send(connection, HERE, &Message::Offer(offer));
                     self.after(limit, Event::DialLimit { connection, greeted: true });
                 }

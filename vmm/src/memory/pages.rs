@@ -130,8 +130,9 @@ impl Pages {
 
     /// Overwrites the pages from `first` on with `bytes` (whole pages).
     pub fn copy_in(&self, first: u64, bytes: &[u8]) -> io::Result<()> {
-        let mut rest = bytes;
-        for slice in self.slices(&(first..first + rest.len() as u64 / PAGE_BYTES))? {
+        let (run, mut rest) = (first..first + bytes.len() as u64 / PAGE_BYTES, bytes);
+        self.expect(&run)?;
+        for slice in self.slices(&run)? {
             let (now, later) = rest.split_at(slice.len());
             slice.copy_from(now);
             rest = later;

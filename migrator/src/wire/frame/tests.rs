@@ -3,7 +3,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::id::MigrationId;
 use crate::layout::{RamLayout, RamRegion};
-use crate::report::{AnnounceReport, Outcome, Owner, Report, RoundReport};
+use crate::limit::{Limit, LimitedBy};
+use crate::report::{AnnounceReport, CompressionReport, Outcome, Owner, Report, RoundReport};
 use crate::traits::{Mismatch, Refusal, Section, VmDescription};
 use crate::wire::message::*;
 use std::time::Duration;
@@ -32,7 +33,10 @@ fn samples() -> Vec<(&'static str, Message)> {
     let announce =
         AnnounceReport { arp: 2, rarp: 1, na: 1, bursts: 6, guest: false, addresses: vec!["10.0.0.2".into()] };
     vec![
-        ("offer", Message::Offer(Offer { id: MigrationId([0xab; 16]), vm, streams: 1, verify: true })),
+        (
+            "offer",
+            Message::Offer(Offer { id: MigrationId([0xab; 16]), vm, streams: 1, verify: true, compressed: true }),
+        ),
         ("accepted", Message::Accepted),
         ("refused", Message::Refused(Refusal { reason: "no".into(), mismatches: vec![mismatch] })),
         ("ask", Message::Ask(MigrationId([0xab; 16]))),
@@ -86,6 +90,13 @@ fn report() -> Report {
         blackout_ms: Some(0.25),
         blackout: [("pause".into(), 0.25)].into(),
         bytes_sent: 8512,
+        compression: Some(CompressionReport {
+            mode: "auto".into(),
+            level: Some(1),
+            raw_bytes: 16384,
+            sent_bytes: 8192,
+        }),
+        limit: Some(Limit { by: LimitedBy::Setup, sentence: "what it takes".into() }),
         ram_bytes: 1 << 20,
         predicted_blackout_ms: Some(0.5),
         announce: None,
