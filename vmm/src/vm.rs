@@ -151,7 +151,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Takes `permille` thousandths (at most [`crate::vcpu::throttle::MAX_PERMILLE`]) of each vCPU's time from the guest, in rests of half a millisecond; 0
+    /// Takes `permille` thousandths (at most [`crate::vcpu::throttle::MAX_PERMILLE`]) of each vCPU's time from the guest, in rests of half a millisecond or little more; 0
     /// gives it all back.
     pub fn throttle(&mut self, permille: u16) -> io::Result<()> {
         match &self.throttle {

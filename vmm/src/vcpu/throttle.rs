@@ -1,18 +1,23 @@
 //! Slowing a guest down: each vCPU rests for a share of its time, in rests so short that the guest is slow, and not stopped.
 //!
-//! A thread takes the vCPUs out of the guest at a steady beat, and each rests before it goes back. One that idles in the
-//! guest's HLT rests as well, and loses nothing.
+//! A thread takes the vCPUs out of the guest at a beat, and each rests before it goes back. One that idles in the
+//! guest's HLT rests as well, and loses nothing. A host that is busy wakes that thread late, and the guest runs meanwhile: what
+//! it had too much is taken from it at the next beats, so that the share holds in the mean.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Vcpu;
 
-/// How long a vCPU rests at a time.
+/// How long a vCPU rests at a time, if the thread always wakes in time.
 const REST: Duration = Duration::from_micros(500);
+/// How long at most.
+const LONGEST_REST: Duration = Duration::from_millis(50);
+/// What the guest had too much beyond this is forgotten.
+const MOST_OWED: Duration = Duration::from_secs(1);
 /// The largest share, in thousandths: what is left must still be a guest.
 pub const MAX_PERMILLE: u16 = 990;
 
@@ -28,16 +33,21 @@ impl Throttle {
     pub(crate) fn start(vcpus: Arc<[Vcpu]>, permille: u16) -> io::Result<Self> {
         let (shares, new_shares) = mpsc::channel();
         let thread = thread::Builder::new().name("throttle".into()).spawn(move || {
-            let mut share = permille;
+            let mut pace = Pace { share: permille, owed: Duration::ZERO };
+            let (mut beat, mut wait) = (Instant::now(), Duration::ZERO);
             loop {
-                match new_shares.recv_timeout(period(share)) {
-                    Ok(new) => share = new,
-                    Err(RecvTimeoutError::Timeout) => vcpus.iter().for_each(|vcpu| {
-                        if let Err(error) = vcpu.rest(REST) {
-                            tracing::warn!(%error, "a vCPU is not slowed down");
-                        }
-                    }),
+                match new_shares.recv_timeout(wait) {
+                    Ok(share) => pace.share = share,
+                    Err(RecvTimeoutError::Timeout) => {}
                     Err(RecvTimeoutError::Disconnected) => return,
+                }
+                let now = Instant::now();
+                let rest = pace.rest(now - beat);
+                (beat, wait) = (now, rest + pace.run());
+                for vcpu in vcpus.iter() {
+                    if let Err(error) = vcpu.rest(rest) {
+                        tracing::warn!(%error, "a vCPU is not slowed down");
+                    }
                 }
             }
         })?;
@@ -64,19 +74,65 @@ impl Drop for Throttle {
     }
 }
 
-/// From one rest to the next, if rests are to be such a share of the time.
-fn period(permille: u16) -> Duration {
-    REST * 1000 / u32::from(permille.clamp(1, MAX_PERMILLE))
+/// How long rests are, without a clock.
+struct Pace {
+    /// In thousandths of the time.
+    share: u16,
+    /// What vCPUs should have rested and have not yet.
+    owed: Duration,
+}
+
+impl Pace {
+    /// The next rest, so long after the last one began.
+    fn rest(&mut self, elapsed: Duration) -> Duration {
+        self.owed = (self.owed + elapsed * self.share() / 1000).min(MOST_OWED);
+        let rest = self.owed.min(LONGEST_REST);
+        self.owed -= rest;
+        rest
+    }
+
+    /// How long vCPUs run between two rests.
+    fn run(&self) -> Duration {
+        REST * (1000 - self.share()) / self.share()
+    }
+
+    fn share(&self) -> u32 {
+        self.share.clamp(1, MAX_PERMILLE).into()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// Of how many thousandths of the time vCPUs rest, if each beat comes so late.
+    fn rests(share: u16, late: Duration) -> u128 {
+        let mut pace = Pace { share, owed: Duration::ZERO };
+        let (mut time, mut rested, mut elapsed) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
+        while time < Duration::from_secs(100) {
+            let rest = pace.rest(elapsed);
+            elapsed = rest + pace.run() + late;
+            (time, rested) = (time + elapsed, rested + rest);
+        }
+        rested.as_millis() / 100
+    }
+
     #[test]
     fn rests_are_the_share_of_the_time_that_was_asked_for() {
-        for (permille, micros) in [(500, 1000), (100, 5000), (990, 505), (0, 500_000), (u16::MAX, 505)] {
-            assert_eq!(period(permille).as_micros(), micros, "{permille}");
+        for share in [1, 10, 100, 500, 900, MAX_PERMILLE] {
+            for late in [0, 60, 400] {
+                let rests = rests(share, Duration::from_micros(late));
+                assert!(rests.abs_diff(share.into()) <= 1, "{rests} thousandths, not {share}, late by {late} µs");
+            }
         }
+        assert_eq!(rests(0, Duration::ZERO), rests(1, Duration::ZERO));
+        assert_eq!(rests(u16::MAX, Duration::ZERO), rests(MAX_PERMILLE, Duration::ZERO));
+    }
+
+    #[test]
+    fn a_host_that_stands_still_is_not_paid_for_by_the_guest_for_ever() {
+        let mut pace = Pace { share: 500, owed: Duration::ZERO };
+        assert_eq!(pace.rest(Duration::from_secs(3600)), LONGEST_REST);
+        assert_eq!(pace.owed, MOST_OWED - LONGEST_REST);
     }
 }
