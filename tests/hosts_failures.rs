@@ -99,14 +99,15 @@ fn what_would_disturb_a_migration_is_refused() {
 fn a_guest_that_writes_faster_than_the_link_is_given_up_early_with_numbers() {
     let Some(net) = hosts() else { return };
     let pulse = net.a.pulse("web", &format!("--memory 128M --net bridge=br0,ip={GUEST}/24"), "ws=32M rate=200M");
-    let said = net.a.migrate("web", &net.b, "--bandwidth 16M");
+    let said = net.a.migrate("web", &net.b, "--bandwidth 16M --throttle never");
     assert_eq!(said.code(), 1, "{said:?}");
     let report = said.json();
     assert_eq!((&report["outcome"], &report["owner"]), (&"failed".into(), &"source".into()), "{report}");
     assert_eq!(report["error"]["phase"], "pre-copy", "{report}");
     let message = report["error"]["message"].as_str().unwrap();
     assert!(message.contains("does not converge") && message.contains("ms"), "{message}");
-    assert!(report["error"]["hint"].as_str().unwrap().contains("--max-downtime"), "{report}");
+    let hint = report["error"]["hint"].as_str().unwrap();
+    assert!(hint.contains("--max-downtime") && hint.contains("--throttle auto"), "{report}");
     // Early: nothing like a round after another of what cannot end.
     assert!(number(&report, "bytes_sent") < 20 * (32 << 20), "{report}");
     nothing_happened(&net, &pulse);

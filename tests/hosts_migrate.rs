@@ -177,6 +177,8 @@ fn the_report_has_the_documented_keys_and_adds_up() {
         "limit",
         "ram_bytes",
         "predicted_blackout_ms",
+        "throttle_permille",
+        "throttled_ms",
         "announce",
     ];
     wanted.sort_unstable();
@@ -200,10 +202,30 @@ fn the_report_has_the_documented_keys_and_adds_up() {
     assert_eq!(bytes, number(&report, "bytes_sent"), "{report}");
     assert_eq!(number(&report, "ram_bytes"), 64 << 20);
     assert_eq!((&report["vm"], &report["mode"], &report["error"]), (&"web".into(), &"pre-copy".into(), &Value::Null));
+    assert_eq!(report["throttle_permille"], 0, "slowed down for nothing: {report}");
     let ms = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("{report}"));
     assert!(ms(&report["blackout_ms"]) > 0.0 && ms(&report["blackout_ms"]) <= ms(&report["total_ms"]), "{report}");
     let parts: f64 = report["blackout"].as_object().unwrap().values().map(ms).sum();
     assert!(parts > 0.0, "{report}");
+}
+
+#[test]
+fn a_guest_that_writes_faster_than_the_link_is_slowed_down_and_arrives() {
+    let Some(net) = hosts() else { return };
+    let pulse = net.a.pulse("web", "--memory 128M", "ws=64M rate=800M");
+    // The link carries 64 MiB a second: all of the working set takes a second, and 400 ms are allowed.
+    let said = net.a.migrate("web", &net.b, "--verify --compress none --bandwidth 64M --max-downtime 400ms");
+    assert_eq!(said.code(), 0, "{said:?}");
+    let report = said.json();
+    assert_eq!((&report["outcome"], &report["owner"]), (&"completed".into(), &"destination".into()), "{report}");
+    assert!((1..=990).contains(&number(&report, "throttle_permille")), "{report}");
+    assert!(report["throttled_ms"].as_f64().unwrap() > 0.0, "{report}");
+    assert!(said.stderr.contains("throttled to "), "{said:?}");
+    let rounds = report["rounds"].as_array().unwrap();
+    let left: Vec<_> = rounds.iter().map(|round| number(round, "dirty_pages_after")).collect();
+    let most = (64 << 20) / 4096 * 400 / 1000;
+    assert!(left[left.len() - 2] <= most && left[0] > most, "{report}");
+    pulse.is_well(&net.b);
 }
 
 #[test]

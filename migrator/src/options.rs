@@ -46,6 +46,8 @@ pub struct Options {
     pub streams: u16,
     /// Hash all RAM at both ends within the blackout and compare. For tests and for the distrustful.
     pub verify: bool,
+    /// Slow the guest down where pre-copy would give up.
+    pub throttle: bool,
     /// When pre-copy gives up.
     pub convergence: Convergence,
     /// Limits on waiting.
@@ -67,6 +69,7 @@ impl Default for Options {
             compression: Compression::default(),
             streams: 1,
             verify: false,
+            throttle: true,
             convergence: Convergence::default(),
             timeouts: Timeouts::default(),
             announce: Schedule::default(),

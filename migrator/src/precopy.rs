@@ -2,7 +2,8 @@
 //!
 //! After each round the blackout is predicted: what is dirty now at the measured bandwidth, plus what a switchover costs
 //! however little is left. If that fits the allowed downtime, it is time. If it has not become better for some rounds
-//! and some time, it never will, and saying so early is worth more than copying on: the guest is slowed by the copy.
+//! and some time, it never will by itself: then the guest is slowed down, step by step and no more than it takes. If that
+//! is not wanted, or not enough, saying so early is worth more than copying on.
 
 use std::time::Duration;
 
@@ -57,6 +58,8 @@ impl Costs {
 pub enum Verdict {
     /// Copy what is dirty, and look again.
     Another,
+    /// The same, and from now on take so many thousandths of the guest's time from it.
+    Throttle(u16),
     /// Switch over.
     Switchover,
     /// It leads nowhere.
@@ -68,6 +71,9 @@ pub enum Verdict {
 pub struct Precopy {
     convergence: Convergence,
     max_downtime: Duration,
+    may_throttle: bool,
+    /// Thousandths of its time that are taken from the guest.
+    throttle: u16,
     /// The costs as known so far.
     pub costs: Costs,
     rounds: u32,
@@ -89,12 +95,25 @@ const TELLING_BYTES: u64 = 1 << 20;
 /// Time from which on it does.
 const TELLING_TIME: Duration = Duration::from_millis(20);
 
+/// The most that is taken from a guest, in thousandths of its time: what is left must still be a guest.
+pub const MAX_THROTTLE: u16 = 990;
+/// A guest that is slowed down shall dirty memory this much slower than the link carries it: each round is shorter than the one before.
+const THROTTLED_RATE: f64 = 0.7;
+/// From here on the rounds do not become shorter fast enough, and it is slowed down further.
+const RATE_TOO_HIGH: f64 = 0.85;
+/// So many rounds in a row without a better prediction, and it is slowed down; at first only after [`Convergence::stall_time`] as well.
+const THROTTLE_ROUNDS: u32 = 2;
+/// At each step it keeps at most this much of the time that it had: noise must not lead to a hundred steps.
+const SMALLEST_STEP: f64 = 0.9;
+
 impl Precopy {
-    /// A policy that has seen nothing.
-    pub fn new(convergence: Convergence, max_downtime: Duration) -> Self {
+    /// A policy that has seen nothing. If it may `throttle`, it does so before it gives up.
+    pub fn new(convergence: Convergence, max_downtime: Duration, throttle: bool) -> Self {
         Self {
             convergence,
             max_downtime,
+            may_throttle: throttle,
+            throttle: 0,
             costs: Costs::default(),
             rounds: 0,
             bandwidth: None,
@@ -138,21 +157,47 @@ impl Precopy {
             self.best = Some(Best { predicted, round: self.rounds, at: now });
         }
         let hopeless = self.costs.total() > self.max_downtime || self.rounds >= self.convergence.max_rounds;
-        let stalled = self.best.is_some_and(|best| {
-            self.rounds - best.round >= self.convergence.stall_rounds
-                && now.saturating_sub(best.at) >= self.convergence.stall_time
-        });
+        let (rounds, time) =
+            self.best.map_or((0, Duration::ZERO), |best| (self.rounds - best.round, now.saturating_sub(best.at)));
+        let Convergence { stall_rounds, stall_time, .. } = self.convergence;
+        let stalled = rounds >= stall_rounds && time >= stall_time;
+        let too_fast = match self.throttle {
+            0 => rounds >= THROTTLE_ROUNDS.min(stall_rounds) && time >= stall_time,
+            // Bursts have been waited for.
+            _ => rounds >= THROTTLE_ROUNDS || self.load() > RATE_TOO_HIGH,
+        };
+        if !hopeless && too_fast && self.may_throttle && self.throttle < MAX_THROTTLE {
+            self.throttle = self.next_throttle();
+            // What was seen before says nothing of the guest as it is now.
+            self.best = Some(Best { predicted, round: self.rounds, at: now });
+            return Verdict::Throttle(self.throttle);
+        }
         if hopeless || stalled {
             return Verdict::GiveUp(NotConverging {
                 rounds: self.rounds,
                 dirty_rate: self.dirty_rate(),
                 bandwidth: self.bandwidth(),
+                throttle: self.throttle,
+                may_throttle: self.may_throttle,
                 predicted: self.best.map_or(predicted, |best| best.predicted),
                 fixed: self.costs.total(),
                 max_downtime: self.max_downtime,
             });
         }
         Verdict::Another
+    }
+
+    /// How fast the guest dirties memory, by how fast the link carries it.
+    fn load(&self) -> f64 {
+        self.dirty_rate.zip(self.bandwidth).map_or(0.0, |(dirty, link)| dirty / link)
+    }
+
+    /// The mildest throttle that should be enough, if the guest dirties memory in proportion to the time that it has. Where it writes
+    /// the same pages over and over it dirties more than that, and the next round shows it.
+    fn next_throttle(&self) -> u16 {
+        let has = f64::from(1000 - self.throttle);
+        let keeps = has * (THROTTLED_RATE / self.load()).min(SMALLEST_STEP);
+        (1000 - keeps as u16).min(MAX_THROTTLE)
     }
 
     /// The blackout if the switchover began now with so many pages to send; none before the first round.
@@ -165,6 +210,11 @@ impl Precopy {
     /// Bytes of guest memory per second that the link carries; 0 if not known.
     pub fn bandwidth(&self) -> u64 {
         self.bandwidth.unwrap_or(0.0) as u64
+    }
+
+    /// Thousandths of its time that are to be taken from the guest.
+    pub fn throttle(&self) -> u16 {
+        self.throttle
     }
 
     /// Bytes per second that the guest dirties; 0 if not known.
@@ -183,6 +233,10 @@ pub struct NotConverging {
     pub dirty_rate: u64,
     /// Bytes per second that the link carries.
     pub bandwidth: u64,
+    /// Thousandths of its time that were taken from the guest, to no avail.
+    pub throttle: u16,
+    /// Whether any could be.
+    pub may_throttle: bool,
     /// The best prediction of the blackout.
     pub predicted: Duration,
     /// Its part that does not depend on memory.
@@ -193,7 +247,7 @@ pub struct NotConverging {
 
 impl NotConverging {
     fn numbers(&self) -> String {
-        let Self { dirty_rate, bandwidth, predicted, fixed, max_downtime, .. } = self;
+        let Self { dirty_rate, bandwidth, throttle, predicted, fixed, max_downtime, .. } = self;
         let ms = |time: &Duration| time.as_secs_f64() * 1e3;
         if fixed > max_downtime {
             let (fixed, max) = (ms(fixed), ms(max_downtime));
@@ -202,8 +256,9 @@ impl NotConverging {
             );
         }
         format!(
-            "the guest dirties {} and the link carries {}: the predicted blackout stays at {:.0} ms > {:.0} ms",
+            "the guest dirties {}{} and the link carries {}: the predicted blackout stays at {:.0} ms > {:.0} ms",
             rate(*dirty_rate),
+            if *throttle > 0 { format!(" (throttled to {} %)", running_percent(*throttle)) } else { String::new() },
             rate(*bandwidth),
             ms(predicted),
             ms(max_downtime),
@@ -216,8 +271,15 @@ impl NotConverging {
         if self.fixed > self.max_downtime {
             return format!("raise --max-downtime to {enough}ms or more");
         }
-        format!("raise --max-downtime to {enough}ms or more, raise --bandwidth, or lower the guest's load")
+        let slower =
+            if self.may_throttle { "lower the guest's load" } else { "let it be slowed down with --throttle auto" };
+        format!("raise --max-downtime to {enough}ms or more, raise --bandwidth, or {slower}")
     }
+}
+
+/// What a throttle, in thousandths, leaves to the guest, in percent.
+pub fn running_percent(throttle: u16) -> u16 {
+    (1000 - throttle.min(1000)).div_ceil(10)
 }
 
 /// Bytes per second as a human writes them.

@@ -176,6 +176,10 @@ pub struct Report {
     pub ram_bytes: u64,
     /// The prediction with which the switchover began.
     pub predicted_blackout_ms: Option<f64>,
+    /// The most that was taken from the guest so that it converges, in thousandths of its vCPUs' time; 0: it was not slowed down.
+    pub throttle_permille: u16,
+    /// How long it was slowed down.
+    pub throttled_ms: f64,
     /// What the destination announces.
     pub announce: Option<AnnounceReport>,
 }
@@ -199,6 +203,8 @@ pub struct Progress {
     pub dirty_rate: Option<u64>,
     /// How fast the link carries pages, in bytes of guest memory per second, by the latest round.
     pub bandwidth: Option<u64>,
+    /// Thousandths of its time that are taken from the guest right now.
+    pub throttle_permille: u16,
     /// How long this round still takes at that speed.
     pub eta: Option<Duration>,
     /// The blackout if the switchover began now.
@@ -259,6 +265,8 @@ mod tests {
             limit: Some(Limit { by: LimitedBy::Link, sentence: "the link".into() }),
             ram_bytes: 8,
             predicted_blackout_ms: Some(3.0),
+            throttle_permille: 700,
+            throttled_ms: 2.5,
             announce: None,
         };
         assert_eq!(
@@ -269,7 +277,7 @@ mod tests {
                 r#""total_ms":1.5,"blackout_ms":null,"blackout":{"pause":0.25},"bytes_sent":7,"#,
                 r#""compression":{"mode":"auto","level":3,"raw_bytes":9,"sent_bytes":4},"#,
                 r#""limit":{"by":"link","sentence":"the link"},"ram_bytes":8,"#,
-                r#""predicted_blackout_ms":3.0,"announce":null}"#
+                r#""predicted_blackout_ms":3.0,"throttle_permille":700,"throttled_ms":2.5,"announce":null}"#
             )
         );
     }

@@ -181,6 +181,10 @@ pub trait SourceVm: Send {
     /// Stops the dirty log. Called after the migration is settled, never in the blackout; also after a start that failed.
     fn stop_dirty_log(&mut self);
 
+    /// Takes so many thousandths (up to [`crate::precopy::MAX_THROTTLE`]) of its time from the guest, from now on; 0 gives it all back, and is
+    /// called whatever happened before. Not called with more for a guest that is paused.
+    fn throttle(&mut self, permille: u16) -> Result<(), VmError>;
+
     /// Stops all vCPUs and quiesces all devices: from its return on no one writes guest memory.
     /// Not called for a guest that is paused already.
     fn pause(&mut self) -> Result<(), VmError>;

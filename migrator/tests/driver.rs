@@ -209,6 +209,26 @@ impl Guest {
         });
         Self(stop, Some(thread))
     }
+
+    /// So many pages a second, however seldom its thread gets to run; less if it is throttled.
+    fn at_rate(ram: Arc<MockRam>, pages: u64, per_second: f64) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let flag = stop.clone();
+        let thread = thread::spawn(move || {
+            let (mut random, mut due, mut last) = (Random(7), 0.0, Instant::now());
+            while !flag.load(Ordering::Relaxed) {
+                thread::sleep(Duration::from_millis(1));
+                let runs = 1.0 - f64::from(ram.lock().throttle) / 1000.0;
+                due += last.elapsed().as_secs_f64() * per_second * runs;
+                last = Instant::now();
+                while due >= 1.0 {
+                    ram.guest_write(random.below(pages), 7, random.next() as u8);
+                    due -= 1.0;
+                }
+            }
+        });
+        Self(stop, Some(thread))
+    }
 }
 
 impl Drop for Guest {
@@ -1201,7 +1221,8 @@ fn does_not_converge_and_says_so() {
     let ram = filled(600, LogMode::Manual);
     let host = Host::start(MockDestination::default());
     // Slow enough that the guest is faster on a busy machine, too.
-    let mut options = Options { bandwidth: Some(2_000_000), max_downtime: Duration::from_millis(60), ..options() };
+    let mut options =
+        Options { bandwidth: Some(2_000_000), max_downtime: Duration::from_millis(60), throttle: false, ..options() };
     options.convergence.stall_time = Duration::from_millis(300);
     let guest = Guest::run(ram.clone(), 600, Duration::from_nanos(1));
     let attempt = migrate(MockSource::new(ram), host.dialer(), &options, &MigrationHandle::new());
@@ -1209,6 +1230,43 @@ fn does_not_converge_and_says_so() {
     attempt.assert_still_here();
     assert!(attempt.error().starts_with("pre-copy: pre-copy does not converge"), "{}", attempt.error());
     assert!(attempt.error().contains("the link carries"), "{}", attempt.error());
+    assert_eq!(attempt.vm.throttles, [0; 0]);
+}
+
+/// Moves a guest that writes three times what the link carries; the throttle follows.
+fn moves_slowly(fails: Option<&'static str>) -> Attempt {
+    let ram = filled(1000, LogMode::Manual);
+    let host = Host::start(MockDestination::default());
+    let mut options = Options { bandwidth: Some(4_000_000), max_downtime: Duration::from_millis(400), ..options() };
+    (options.convergence.stall_rounds, options.convergence.stall_time) = (2, Duration::ZERO);
+    let guest = Guest::at_rate(ram.clone(), 1000, 3000.0);
+    let attempt =
+        migrate(MockSource { fails, ..MockSource::new(ram) }, host.dialer(), &options, &MigrationHandle::new());
+    drop(guest);
+    attempt
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_is_slowed_down() {
+    let Attempt { vm, report, .. } = moves_slowly(None);
+    assert_eq!(report.outcome, Outcome::Completed, "{report:?}");
+    assert!(report.throttle_permille > 0 && report.throttled_ms > 0.0, "{report:?}");
+    assert_eq!(vm.throttles.iter().max(), Some(&report.throttle_permille));
+    let (last, raised) = vm.throttles.split_last().unwrap();
+    assert!(*last == 0 && raised.is_sorted(), "{:?}", vm.throttles);
+}
+
+#[test]
+fn the_throttle_is_taken_off_whatever_happens() {
+    let says =
+        [("throttle", "could not be slowed down"), ("save", "could not save its state"), ("panic", "a bug in microvm")];
+    for (fails, says) in says {
+        let attempt = moves_slowly(Some(fails));
+        attempt.assert_still_here();
+        assert!(attempt.error().contains(says), "{}", attempt.error());
+        let throttles = &attempt.vm.throttles;
+        assert!(throttles.len() > 1 && throttles.last() == Some(&0), "{fails}: {throttles:?}");
+    }
 }
 
 #[test]

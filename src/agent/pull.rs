@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Agent, with_port};
 use crate::client::{self, Conversation};
-use crate::machine::view::{Answer, MigrateRequest, Mode, Request, resolve};
+use crate::machine::view::{Answer, MigrateRequest, Mode, Request, Throttle, resolve};
 
 /// What `microvm pull` says of how to move the VM: what `migrate` takes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -31,6 +31,8 @@ pub struct PullSettings {
     pub mode: Mode,
     /// Compare hashes of all memory at the switchover.
     pub verify: bool,
+    /// Whether the guest may be slowed down.
+    pub throttle: Throttle,
     /// How long a silent destination counts as alive, in milliseconds.
     pub dead_after_ms: u64,
 }
@@ -73,8 +75,17 @@ pub(super) fn serve(
     );
     let (runtime, vm) = (&agent.runtime, pull.vm.as_str());
     ensure!(runtime.vm(vm)?.exists(), "there is no VM {vm} on this host");
-    let PullSettings { max_downtime_us, timeout_ms, bandwidth, streams, compression, mode, verify, dead_after_ms } =
-        settings;
+    let PullSettings {
+        max_downtime_us,
+        timeout_ms,
+        bandwidth,
+        streams,
+        compression,
+        mode,
+        verify,
+        throttle,
+        dead_after_ms,
+    } = settings;
     let (to, addresses, link) = (pull.to.clone(), resolve(&pull.to), agent.peers.link()?);
     let request = MigrateRequest {
         to,
@@ -86,6 +97,7 @@ pub(super) fn serve(
         compression,
         mode,
         verify,
+        throttle,
         dead_after_ms,
         link,
     };

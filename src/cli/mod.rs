@@ -9,7 +9,7 @@ use migrator::Compression;
 
 pub mod trust;
 
-use crate::machine::view::Mode;
+use crate::machine::view::{Mode, Throttle};
 use crate::units::{parse_dead_after, parse_duration, parse_rate, parse_size};
 
 /// Port of the agent.
@@ -226,6 +226,9 @@ pub struct MoveArgs {
     /// Compare hashes of all memory before the switchover (takes blackout time: for tests and the distrustful)
     #[arg(long)]
     pub verify: bool,
+    /// Whether the guest may be slowed down where it writes faster than the link carries: by no more than it takes, until the switchover
+    #[arg(long, value_enum, default_value_t = Throttle::Auto)]
+    pub throttle: Throttle,
     /// A destination that is silent for so long is dead; other limits on waiting for it are in proportion
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_dead_after)]
     pub dead_after: Duration,

@@ -1,6 +1,7 @@
 //! `microvm inspect`.
 
 use anyhow::Result;
+use migrator::precopy::running_percent;
 use migrator::report::CompressionReport;
 use vmm::sandbox::Sandbox;
 
@@ -125,6 +126,9 @@ pub fn progress(m: &ProgressView) -> String {
     }
     if let Some(rate) = m.bandwidth {
         add(format!("sending {}/s", format_bytes(rate)));
+    }
+    if m.throttle_permille > 0 {
+        add(format!("throttled to {} %", running_percent(m.throttle_permille)));
     }
     if let Some(eta) = m.eta_ms {
         add(format!("{:.1} s left in this round", eta as f64 / 1e3));

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
+use migrator::precopy::running_percent;
 use migrator::{Outcome, Owner, Phase, Report};
 
 use super::inspect::{compressed, progress};
@@ -34,6 +35,7 @@ pub fn run(runtime: &Runtime, args: &MigrateArgs) -> Result<u8> {
         compression: how.compress,
         mode: how.mode,
         verify: how.verify,
+        throttle: how.throttle,
         dead_after_ms: how.dead_after.as_millis() as u64,
         link: Link::to(&args.to, how.insecure_plaintext)?,
     };
@@ -206,6 +208,10 @@ pub(super) fn tell(report: &Report, exit: Option<&Exit>, json: bool, source: &st
             );
             if let Some(limit) = &report.limit {
                 println!("  limited by {}", limit.sentence);
+            }
+            if report.throttle_permille > 0 {
+                let (percent, seconds) = (running_percent(report.throttle_permille), report.throttled_ms / 1e3);
+                println!("  the guest was throttled for {seconds:.1} s, at last to {percent} %");
             }
         }
         (Outcome::Completed, _) => {}

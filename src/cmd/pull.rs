@@ -34,6 +34,7 @@ pub fn run(args: &PullArgs) -> Result<u8> {
         compression: how.compress,
         mode: how.mode,
         verify: how.verify,
+        throttle: how.throttle,
         dead_after_ms: how.dead_after.as_millis() as u64,
     };
     let timeouts = Timeouts::with_dead_after(how.dead_after);

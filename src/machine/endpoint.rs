@@ -196,6 +196,10 @@ impl SourceVm for Source {
         }
     }
 
+    fn throttle(&mut self, permille: u16) -> Result<(), VmError> {
+        self.vm(|vm| vm.throttle(permille))
+    }
+
     fn pause(&mut self) -> Result<(), VmError> {
         step("source", "pause.before")?;
         self.vm(Vm::pause)?;

@@ -64,6 +64,8 @@ pub struct MigrateRequest {
     pub mode: Mode,
     /// Compare hashes of all memory at the switchover.
     pub verify: bool,
+    /// Whether the guest may be slowed down.
+    pub throttle: Throttle,
     /// How long a silent destination counts as alive, in milliseconds.
     pub dead_after_ms: u64,
     /// What its connections are secured with.
@@ -78,6 +80,16 @@ pub enum Mode {
     PreCopy,
     /// Pause it, then copy everything.
     StopAndCopy,
+}
+
+/// Whether a guest may be slowed down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Throttle {
+    /// Rather give up.
+    Never,
+    /// Where it writes faster than the link carries, and no more than it takes.
+    Auto,
 }
 
 /// The addresses of `host` or `host:port`.
@@ -101,6 +113,7 @@ impl MigrateRequest {
             streams: self.streams,
             compression: self.compression,
             verify: self.verify,
+            throttle: self.throttle == Throttle::Auto,
             timeouts: Timeouts::with_dead_after(Duration::from_millis(self.dead_after_ms)),
             ..Options::default()
         }
@@ -199,6 +212,8 @@ pub struct ProgressView {
     pub dirty_rate: Option<u64>,
     /// Bytes a second that the link carries.
     pub bandwidth: Option<u64>,
+    /// Thousandths of its time that are taken from the guest right now.
+    pub throttle_permille: u16,
     /// Milliseconds that this round will still take.
     pub eta_ms: Option<u64>,
     /// The blackout if the switchover began now, in milliseconds.
@@ -272,6 +287,7 @@ impl ProgressView {
             compression: (!incoming).then(|| progress.compression.clone()),
             dirty_rate: progress.dirty_rate,
             bandwidth: progress.bandwidth,
+            throttle_permille: progress.throttle_permille,
             eta_ms: progress.eta.map(ms),
             predicted_blackout_ms: progress.predicted_blackout.map(|d| d.as_secs_f64() * 1e3),
             elapsed_ms: ms(progress.elapsed),

@@ -18,7 +18,7 @@ use crate::handoff::Step;
 use crate::id::MigrationId;
 use crate::limit::{self, Facts};
 use crate::options::Options;
-use crate::report::{Phase, Report, RoundReport};
+use crate::report::{Phase, Report, RoundReport, chain};
 use crate::source::{Action, Event, Saved, Source};
 use crate::traits::{Connection, Dialer, GuestPages, Journal, SourceVm, VmDescription, VmError};
 use crate::transport::ConnectError;
@@ -126,6 +126,7 @@ impl Driver<'_> {
         // What cannot be read may say Decided.
         let last = last.unwrap_or(Some(Step::Decided));
         tracing::error!(id = %self.id, ?last, "the migration panicked: going on from its journal");
+        self.throttle(0);
         let phase = self.machine.phase();
         self.machine = Source::after_panic(self.options.clone(), &self.description, self.dial.peer(), phase, last);
         self.finished = self.machine.handoff().is_settled();
@@ -232,6 +233,7 @@ impl Driver<'_> {
                     senders.send(n, dirty, !last);
                 }
             }
+            Action::Throttle(permille) => return self.throttle(permille),
             Action::Pause => return Some(Event::Paused(self.vm.pause())),
             Action::Save => return Some(Event::Saved(self.save())),
             Action::Send(message) => {
@@ -253,6 +255,18 @@ impl Driver<'_> {
             Action::Finish => self.finished = true,
         }
         None
+    }
+
+    fn throttle(&mut self, permille: u16) -> Option<Event> {
+        match self.vm.throttle(permille) {
+            Err(error) if permille > 0 => Some(Event::NotThrottled(error)),
+            Err(error) => {
+                // It runs no more, or is gone.
+                tracing::debug!(error = chain(&*error), "the throttle is not taken off");
+                None
+            }
+            Ok(()) => None,
+        }
     }
 
     fn save(&mut self) -> Result<Saved, VmError> {
@@ -330,6 +344,7 @@ impl Driver<'_> {
         let predicted = precopy.predict(left);
         let (bandwidth, dirty_rate) = (known(precopy.bandwidth()), known(precopy.dirty_rate()));
         let compression = sending.compression(self.options.compression);
+        let throttle = precopy.throttle();
         let (round, elapsed) = (self.machine.round_number(), self.began.elapsed());
         self.handle.update(|progress| {
             // Done it is when the report is there, and not before.
@@ -343,6 +358,7 @@ impl Driver<'_> {
             progress.compression = compression;
             progress.dirty_rate = dirty_rate;
             progress.bandwidth = bandwidth;
+            progress.throttle_permille = if phase <= Phase::PreCopy { throttle } else { 0 };
             progress.eta = eta;
             progress.predicted_blackout = predicted;
             progress.elapsed = elapsed;

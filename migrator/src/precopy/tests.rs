@@ -28,17 +28,30 @@ impl Default for Run {
     }
 }
 
+/// How it went.
+struct End {
+    verdict: Verdict,
+    /// When, in seconds.
+    at: f64,
+    rounds: u32,
+    /// How long a blackout would really have been, in seconds.
+    blackout: f64,
+    /// All throttles, one after the other.
+    throttles: Vec<u16>,
+}
+
 impl Run {
-    /// Plays it. The end, when, after how many rounds, and how long a blackout would really have been.
-    fn play(&self) -> (Verdict, f64, u32, f64) {
-        let mut policy = Precopy::new(Convergence::default(), self.max_downtime);
+    fn play(&self, throttle: bool) -> End {
+        let mut policy = Precopy::new(Convergence::default(), self.max_downtime, throttle);
         policy.costs.rtt = Duration::from_secs_f64(self.rtt);
         let (mut now, mut left) = (0.0f64, self.ram);
+        let mut throttles = Vec::new();
         policy.begin(Duration::ZERO);
         for round in 1..2000 {
             let took = left / (self.link)(now) + self.rtt;
             // What of the working set is hit at least once while the round runs.
-            let written = (self.dirty_rate)(now) * took;
+            let runs = 1.0 - f64::from(policy.throttle()) / 1000.0;
+            let written = (self.dirty_rate)(now) * took * runs;
             let dirty = if self.working_set == 0.0 {
                 0.0
             } else {
@@ -49,25 +62,46 @@ impl Run {
             left = dirty;
             match policy.decide(Duration::from_secs_f64(now), (dirty / 4096.0) as u64) {
                 Verdict::Another => {}
+                Verdict::Throttle(permille) => throttles.push(permille),
                 verdict => {
-                    let real = dirty / (self.link)(now) + policy.costs.total().as_secs_f64();
-                    return (verdict, now, round, real);
+                    let blackout = dirty / (self.link)(now) + policy.costs.total().as_secs_f64();
+                    return End { verdict, at: now, rounds: round, blackout, throttles };
                 }
             }
         }
         panic!("never ends");
     }
 
+    /// By itself: the guest is not slowed down, although it could be.
     fn converges(&self) -> u32 {
-        let (verdict, now, rounds, real) = self.play();
-        assert_eq!(verdict, Verdict::Switchover, "at {now} s after {rounds} rounds");
-        assert!(real <= self.max_downtime.as_secs_f64() * 1.2, "predicted within 20 %: {real}");
-        rounds
+        let end = self.switches_over();
+        assert_eq!(end.throttles, [0; 0]);
+        end.rounds
+    }
+
+    /// Only because the guest is slowed down. All throttles.
+    fn converges_throttled(&self) -> Vec<u16> {
+        assert!(matches!(self.play(false).verdict, Verdict::GiveUp(_)));
+        let end = self.switches_over();
+        assert!(!end.throttles.is_empty());
+        assert!(end.throttles.is_sorted_by(|before, after| before < after), "{:?}", end.throttles);
+        end.throttles
+    }
+
+    fn switches_over(&self) -> End {
+        let end = self.play(true);
+        let (now, rounds) = (end.at, end.rounds);
+        assert_eq!(end.verdict, Verdict::Switchover, "at {now} s after {rounds} rounds, throttled {:?}", end.throttles);
+        assert!(end.blackout <= self.max_downtime.as_secs_f64() * 1.2, "predicted within 20 %: {}", end.blackout);
+        end
     }
 
     fn gives_up(&self) -> NotConverging {
-        let (Verdict::GiveUp(why), now, rounds, _) = self.play() else { panic!("did not give up") };
-        assert!(now < 30.0 && rounds < 200, "early: {now} s, {rounds} rounds");
+        let End { verdict: Verdict::GiveUp(why), at, rounds, throttles, .. } = self.play(false) else {
+            panic!("did not give up")
+        };
+        assert_eq!(throttles, [0; 0]);
+        assert!(at < 30.0 && rounds < 200, "early: {at} s, {rounds} rounds");
         why
     }
 }
@@ -122,16 +156,17 @@ fn a_link_that_becomes_slow_is_noticed() {
 
 #[test]
 fn a_downtime_below_the_fixed_costs_is_said_at_once() {
-    let (verdict, _, rounds, _) = Run { max_downtime: Duration::from_millis(2), ..Run::default() }.play();
-    let Verdict::GiveUp(why) = verdict else { panic!() };
-    assert_eq!(rounds, 1);
+    // Slowing the guest down would not help, and is not tried.
+    let end = Run { max_downtime: Duration::from_millis(2), ..Run::default() }.play(true);
+    let Verdict::GiveUp(why) = end.verdict else { panic!() };
+    assert_eq!((end.rounds, end.throttles), (1, vec![]));
     assert!(why.to_string().contains("a switchover alone takes"), "{why}");
 }
 
 #[test]
 fn a_mostly_empty_machine_is_not_taken_for_a_slow_link() {
     // The first round is long because it looks at zero pages, not because the link is slow; the next ones are short.
-    let mut policy = Precopy::new(Convergence::default(), Duration::from_millis(50));
+    let mut policy = Precopy::new(Convergence::default(), Duration::from_millis(50), true);
     policy.costs.rtt = Duration::from_micros(200);
     policy.begin(Duration::ZERO);
     policy.round_done(10_000_000, Duration::from_secs(2));
@@ -141,8 +176,47 @@ fn a_mostly_empty_machine_is_not_taken_for_a_slow_link() {
 }
 
 #[test]
+fn a_guest_that_writes_too_fast_is_slowed_down_no_more_than_it_takes() {
+    let link: fn(f64) -> f64 = |_| 100.0 * MB;
+    for (times, dirty_rate) in [(1.3, (|_| 130.0 * MB) as fn(f64) -> f64), (3.0, |_| 300.0 * MB), (8.0, |_| 800.0 * MB)]
+    {
+        // Each write hits another page: what it dirties is in proportion to the time that it has.
+        let run = Run { ram: 1e8, working_set: 1e12, dirty_rate, link, ..Run::default() };
+        let throttles = run.converges_throttled();
+        let enough = 1000.0 * (1.0 - RATE_TOO_HIGH / times);
+        let least = 1000.0 * (1.0 - THROTTLED_RATE / times);
+        let last = f64::from(*throttles.last().unwrap());
+        assert!(last >= enough && last <= least + 2.0, "{times} times the link: {throttles:?}");
+        assert_eq!(throttles.len(), 1, "known at once: {throttles:?}");
+    }
+}
+
+#[test]
+fn a_guest_that_writes_the_same_pages_over_and_over_is_slowed_down_step_by_step() {
+    let link: fn(f64) -> f64 = |_| 100.0 * MB;
+    for working_set in [10.0 * MB, 64.0 * MB, 400.0 * MB] {
+        let run = Run { dirty_rate: |_| 500.0 * MB, working_set, link, ..Run::default() };
+        let throttles = run.converges_throttled();
+        assert!(throttles.len() < 20 && throttles[0] < 350, "{throttles:?}");
+        // Milder than what would do for pages that are never the same.
+        assert!(*throttles.last().unwrap() < 900, "{throttles:?}");
+    }
+}
+
+#[test]
+fn a_guest_too_fast_for_any_throttle_is_given_up_in_the_end() {
+    let run = Run { dirty_rate: |_| 1e12, working_set: 300.0 * MB, link: |_| 100.0 * MB, ..Run::default() };
+    let End { verdict: Verdict::GiveUp(why), throttles, .. } = run.play(true) else { panic!() };
+    assert_eq!((throttles.last(), why.throttle), (Some(&MAX_THROTTLE), MAX_THROTTLE));
+    assert!(why.to_string().contains("(throttled to 1 %)"), "{why}");
+    assert!(!why.hint().contains("--throttle"), "{}", why.hint());
+    assert!(run.gives_up().hint().contains("--throttle auto"), "{}", run.gives_up().hint());
+}
+
+#[test]
 fn rounds_are_capped() {
-    let mut policy = Precopy::new(Convergence { max_rounds: 7, ..Convergence::default() }, Duration::from_millis(50));
+    let mut policy =
+        Precopy::new(Convergence { max_rounds: 7, ..Convergence::default() }, Duration::from_millis(50), true);
     let mut verdict = Verdict::Another;
     for round in 1..=7u64 {
         assert_eq!(verdict, Verdict::Another);
@@ -154,7 +228,7 @@ fn rounds_are_capped() {
 
 #[test]
 fn hostile_numbers_do_not_overflow() {
-    let mut policy = Precopy::new(Convergence::default(), Duration::from_millis(50));
+    let mut policy = Precopy::new(Convergence::default(), Duration::from_millis(50), true);
     assert_eq!(policy.decide(Duration::ZERO, 0), Verdict::Another);
     policy.round_done(0, Duration::ZERO);
     assert!(policy.predict(1 << 32).is_some());

@@ -35,6 +35,9 @@ pub(super) struct Account {
     rounds: Vec<RoundReport>,
     round_began: Duration,
     round_took: Duration,
+    throttle: u16,
+    throttle_began: Option<Duration>,
+    throttle_ended: Option<Duration>,
     blackout: BTreeMap<String, f64>,
     blackout_time: Option<Duration>,
     running: Option<Running>,
@@ -61,6 +64,9 @@ impl Account {
             rounds: Vec::new(),
             round_began: Duration::ZERO,
             round_took: Duration::ZERO,
+            throttle: 0,
+            throttle_began: None,
+            throttle_ended: None,
             blackout: BTreeMap::new(),
             blackout_time: None,
             running: None,
@@ -99,6 +105,22 @@ impl Account {
         if let Some(round) = self.rounds.last_mut() {
             round.dirty_pages_after = pages;
         }
+    }
+
+    /// The guest has so many thousandths of its time less from now on.
+    pub fn throttled(&mut self, permille: u16) {
+        self.throttle = self.throttle.max(permille);
+        self.throttle_began.get_or_insert(self.now);
+    }
+
+    /// It is paused, or has all its time again.
+    pub fn throttle_ends(&mut self) {
+        self.throttle_ended.get_or_insert(self.now);
+    }
+
+    fn throttle_time(&self) -> Duration {
+        let ended = self.throttle_ended.unwrap_or(self.now);
+        self.throttle_began.map_or(Duration::ZERO, |began| ended.saturating_sub(began))
     }
 
     /// A part of the blackout ends here, and the next one begins.
@@ -218,6 +240,8 @@ impl Account {
             limit: None,
             ram_bytes: self.ram_bytes,
             predicted_blackout_ms: self.predicted.map(ms),
+            throttle_permille: self.throttle,
+            throttled_ms: ms(self.throttle_time()),
             announce: self.running.as_ref().map(|running| running.announce.clone()),
         }
     }

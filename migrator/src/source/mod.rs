@@ -38,6 +38,8 @@ pub enum Event {
     Message(Message),
     /// The dirty log was started.
     DirtyLogStarted(Result<(), VmError>),
+    /// The guest could not be slowed down.
+    NotThrottled(VmError),
     /// The dirty log was read; so many pages are to be sent now, those of earlier reads included.
     Collected(Result<u64, VmError>),
     /// All page streams have sent the round and their markers; the sum of these.
@@ -99,6 +101,8 @@ pub enum Action {
         /// The guest is paused: pages need not be armed again.
         last: bool,
     },
+    /// Take so many thousandths of its time from the guest; 0: give it back. Report only that it failed, and only if not 0.
+    Throttle(u16),
     /// Pause the guest; report.
     Pause,
     /// Save the state, and hash memory if `verify`; report.
@@ -180,7 +184,7 @@ impl Source {
             total_pages: vm.ram.pages(),
             state: State::Idle,
             handoff: SourceHandoff::new(options.arbiter.is_some()),
-            precopy: Precopy::new(options.convergence, options.max_downtime),
+            precopy: Precopy::new(options.convergence, options.max_downtime, options.throttle),
             account: Account::new(&options, vm, to),
             failure: None,
             deadline: None,
@@ -229,6 +233,7 @@ impl Source {
             Event::Cancel => Err(MigrateError::Cancelled),
             Event::GuestGone(why) => Err(MigrateError::GuestGone(why)),
             Event::Lost(why) => Err(MigrateError::Lost(why)),
+            Event::NotThrottled(source) => Err(MigrateError::Vm { what: "be slowed down", source }),
             Event::PagesFailed(why) => {
                 // The destination may have said why on control: give its word time to arrive.
                 self.page_failure.get_or_insert((now + EXPLANATION, why));
@@ -328,8 +333,13 @@ impl Source {
             (S::Looking, Event::Collected(result)) => {
                 let dirty = self.collected(result)?;
                 self.account.dirty_after(dirty);
-                match self.precopy.decide(self.account.now, dirty) {
-                    Verdict::Another => {
+                let verdict = self.precopy.decide(self.account.now, dirty);
+                if let Verdict::Throttle(permille) = verdict {
+                    self.account.throttled(permille);
+                    self.act(Action::Throttle(permille));
+                }
+                match verdict {
+                    Verdict::Another | Verdict::Throttle(_) => {
                         self.round(false, false, dirty);
                         self.enter(S::Copying, None);
                     }
@@ -345,6 +355,7 @@ impl Source {
             (S::Pausing, Event::Paused(result)) => {
                 result.map_err(|source| MigrateError::Vm { what: "be paused", source })?;
                 self.account.phase("pause");
+                self.account.throttle_ends();
                 if self.dirty_log {
                     self.act(Action::CollectDirty);
                     self.state = S::LastLook;
@@ -615,6 +626,7 @@ impl Source {
                 SourceAction::Resume if self.paused_here => self.act(Action::Resume),
                 SourceAction::Resume | SourceAction::Release => {}
                 SourceAction::Ask => {
+                    self.unthrottle();
                     self.account.in_doubt_since = Some(self.account.now);
                     self.deadline = None;
                     if self.options.arbiter.is_some() {
@@ -632,11 +644,21 @@ impl Source {
         }
         if self.handoff.is_settled() && self.state != State::Settled {
             self.act(Action::CloseStreams);
+            self.unthrottle();
             if self.dirty_log {
                 self.act(Action::StopDirtyLog);
             }
             self.act(Action::Finish);
             self.enter(State::Settled, None);
+        }
+    }
+
+    /// Whatever was taken of the guest's time is given back, after it was resumed or when it is the destination's to run: in the blackout
+    /// it would cost time, and changes nothing.
+    fn unthrottle(&mut self) {
+        if self.precopy.throttle() > 0 {
+            self.account.throttle_ends();
+            self.act(Action::Throttle(0));
         }
     }
 

@@ -26,6 +26,8 @@ pub struct RamState {
     pub bytes: Vec<u8>,
     log: Option<Bitmap>,
     pub paused: bool,
+    /// Thousandths of its time that the guest does not get.
+    pub throttle: u16,
 }
 
 /// Guest memory.
@@ -50,7 +52,7 @@ impl MockRam {
         Arc::new(Self {
             layout: RamLayout::new(regions).unwrap(),
             mode,
-            state: Mutex::new(RamState { bytes, log: None, paused: false }),
+            state: Mutex::new(RamState { bytes, log: None, paused: false, throttle: 0 }),
             rearmed: AtomicU64::new(0),
             sends_left: AtomicUsize::new(usize::MAX),
         })
@@ -193,6 +195,8 @@ pub struct MockSource {
     pub fails: Option<&'static str>,
     pub log_starts: usize,
     pub log_stops: usize,
+    /// All throttles that were asked for.
+    pub throttles: Vec<u16>,
 }
 
 impl MockSource {
@@ -205,6 +209,7 @@ impl MockSource {
             fails: None,
             log_starts: 0,
             log_stops: 0,
+            throttles: vec![],
         }
     }
 
@@ -256,6 +261,13 @@ impl SourceVm for MockSource {
         self.ram.lock().log = None;
     }
 
+    fn throttle(&mut self, permille: u16) -> Result<(), VmError> {
+        assert!(permille == 0 || !self.ram.lock().paused, "a paused guest is not slowed down");
+        self.throttles.push(permille);
+        self.ram.lock().throttle = permille;
+        self.may("throttle")
+    }
+
     fn pause(&mut self) -> Result<(), VmError> {
         assert!(!self.was_paused, "a paused guest is not paused again");
         self.may("pause")?;
@@ -272,6 +284,7 @@ impl SourceVm for MockSource {
 
     fn save_state(&mut self) -> Result<Vec<Section>, VmError> {
         assert!(self.ram.lock().paused);
+        assert_ne!(self.fails, Some("panic"), "injected");
         self.may("save")?;
         Ok(vec![Section { kind: 1, instance: 0, version: 1, bytes: self.state.clone() }])
     }

@@ -42,7 +42,7 @@ const RUNS: u64 = 100_000;
 /// How often each kind of fault is to be tried at each step of the protocol, at least.
 const TRIED: u64 = 50;
 /// What must come about. `Coverage::print` shows all that did.
-const OUTCOMES: [&str; 16] = [
+const OUTCOMES: [&str; 20] = [
     "moved",
     "moved, and died there",
     "discarded by hand",
@@ -58,6 +58,10 @@ const OUTCOMES: [&str; 16] = [
     "source died, asked, has it",
     "source died, asked, has it not",
     "source died after it let go",
+    "  of these slowed down, then the source's",
+    "  of these slowed down, then the destination's",
+    "  of these slowed down, in doubt, then the source's",
+    "  of these slowed down, in doubt, then the destination's",
     "  a flipped page was found by --verify",
 ];
 
@@ -95,6 +99,7 @@ fn run(seed: u64, model: &Model, trace: bool) -> Coverage {
             println!("--- again");
         }
         let pages = world.here.memory.words.len() as u64;
+        let setting = Setting { busy: false, ..setting };
         let mut again = World::new(Random(random.next()), world.here.memory, setting.clone(), vec![], worlds);
         again.trace = trace;
         again.run();

@@ -15,6 +15,8 @@ pub struct Memory {
     /// Reading the log leaves it; arming a page again clears it.
     manual: bool,
     pub paused: bool,
+    /// Thousandths of its time that the guest does not get.
+    pub throttle: u16,
 }
 
 impl Memory {
@@ -33,7 +35,7 @@ impl Memory {
 
     pub fn empty(layout: RamLayout, manual: bool) -> Self {
         let words = vec![0; layout.pages() as usize];
-        Self { layout, words, log: None, manual, paused: false }
+        Self { layout, words, log: None, manual, paused: false, throttle: 0 }
     }
 
     /// The guest writes a page, if it runs; sometimes zeros.

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use migrator::arbiter::{Arbiter, ArbiterError, Claimant, MemoryArbiter};
 use migrator::handoff::{DestinationState, SourceState, Step};
@@ -91,6 +92,8 @@ pub struct Setting {
     pub verify: bool,
     pub streams: u16,
     pub arbiter: Option<Arc<MemoryArbiter>>,
+    /// The guest writes more than the link carries, and is slowed down at once.
+    pub busy: bool,
 }
 
 impl Setting {
@@ -100,6 +103,7 @@ impl Setting {
             verify: random.chance(50),
             streams: 1 + random.below(3) as u16,
             arbiter: random.chance(30).then(Arc::default),
+            busy: random.chance(20),
         }
     }
 }
@@ -136,15 +140,20 @@ impl World {
     ) -> Self {
         let id = MigrationId(std::array::from_fn(|_| random.next() as u8));
         let timeouts = Timeouts::default();
-        let options = Options {
+        let mut options = Options {
             streams: setting.streams,
             mode: setting.mode,
             verify: setting.verify,
-            max_downtime: std::time::Duration::from_millis(40),
+            max_downtime: Duration::from_millis(40),
             timeouts,
             arbiter: setting.arbiter.clone().map(|arbiter| arbiter as Arc<dyn Arbiter>),
             ..Options::default()
         };
+        if setting.busy {
+            // Little more than a switchover alone takes, and as little patience as can be.
+            options.max_downtime = Duration::from_millis(6);
+            (options.convergence.stall_rounds, options.convergence.stall_time) = (0, Duration::ZERO);
+        }
         let mut world = Self {
             here: Here::new(options, memory),
             there: There::new(setting.streams),
@@ -350,8 +359,8 @@ impl World {
                 self.after(while_, Event::DiskIsMended { end: THERE });
             }
             Fault::VmFailsHere => {
-                let steps = ["log", "collect", "pause", "save", "resume"];
-                self.here.fails = Some(steps[self.random.below(5) as usize]);
+                let steps = ["log", "collect", "throttle", "pause", "save", "resume"];
+                self.here.fails = Some(steps[self.random.below(6) as usize]);
             }
             Fault::VmFailsThere => {
                 let steps = ["prepare", "load", "start", "start-late"];
@@ -370,6 +379,9 @@ impl World {
         let (here, there) = (self.here.runs(), self.there.guest);
         assert!(!(here && there == Guest::Runs), "both run it");
         assert!(!(here && there != Guest::NeverRan), "it runs here again after it ran there");
+        if self.here.is_up() && (self.here.source.handoff().is_settled() || self.here.source.handoff().in_doubt()) {
+            assert_eq!(self.here.memory.throttle, 0, "it is still slowed down");
+        }
         if let Some(projection) = Projection::of(self) {
             self.coverage.compared += 1;
             assert!(
@@ -416,6 +428,10 @@ impl World {
                         self.coverage.outcome(format!("kept: {:?} in {phase}", report.outcome));
                     }
                     Owner::Unknown => panic!("in doubt at the end: {report:?}"),
+                }
+                if report.throttle_permille > 0 {
+                    let doubt = if self.here.was_in_doubt { ", in doubt" } else { "" };
+                    self.coverage.outcome(format!("  of these slowed down{doubt}, then the {}'s", report.owner));
                 }
                 if self.here.was_in_doubt {
                     self.coverage.outcome(format!("  of these in doubt first, then the {}'s", report.owner));

@@ -192,6 +192,13 @@ impl World {
                 self.here.sent = vec![Marker { round: n, ..Marker::default() }; self.here.streams.into()];
                 self.after(1, Event::SendPart { n, chunk: 0, last });
             }
+            Action::Throttle(permille) => {
+                assert!(permille == 0 || !self.here.memory.paused, "a paused guest is not slowed down");
+                self.here.memory.throttle = permille;
+                if let Err(error) = self.here.call("throttle") {
+                    self.later(Input::NotThrottled(error));
+                }
+            }
             Action::Pause => {
                 let result = self.here.call("pause");
                 if result.is_ok() {
@@ -336,7 +343,8 @@ impl World {
         if !self.here.is_up() || self.here.memory.paused {
             return;
         }
-        for _ in 0..self.random.below(3) {
+        let (most, runs) = (if self.setting.busy { 1000 } else { 3 }, 1000 - u64::from(self.here.memory.throttle));
+        for _ in 0..self.random.below(most) * runs / 1000 {
             self.here.memory.guest_writes(&mut self.random);
         }
         // Most of a long time is waiting.

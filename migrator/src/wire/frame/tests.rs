@@ -99,6 +99,8 @@ fn report() -> Report {
         limit: Some(Limit { by: LimitedBy::Setup, sentence: "what it takes".into() }),
         ram_bytes: 1 << 20,
         predicted_blackout_ms: Some(0.5),
+        throttle_permille: 700,
+        throttled_ms: 20.5,
         announce: None,
     }
 }
