@@ -110,6 +110,10 @@ impl Journals {
 pub struct Stepped<'a>(pub &'a mut FileJournal);
 
 impl Journal for Stepped<'_> {
+    fn measure(&mut self) -> io::Result<Option<Duration>> {
+        self.0.measure()
+    }
+
     fn append(&mut self, record: &HandoffRecord, durability: Durability) -> io::Result<()> {
         let (role, step) = match record.step {
             Step::Sending => ("source", "sending"),

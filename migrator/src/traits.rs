@@ -231,7 +231,7 @@ pub trait DestinationVm: Send {
 
     /// A guess at how long `load_state` and `start` will take together. Part of the predicted blackout.
     fn estimate(&self) -> Duration {
-        Duration::from_millis(2)
+        Duration::from_micros(500)
     }
 
     /// Loads the state of everything but memory. Memory is complete when this is called.
@@ -290,6 +290,12 @@ pub trait Journal: Send {
     /// Adds a record at the end. With [`Durability::Durable`], it is on stable storage when this returns. After an error the
     /// record must not be found later; an implementation undoes what it can.
     fn append(&mut self, record: &HandoffRecord, durability: Durability) -> io::Result<()>;
+
+    /// How long a durable record takes, at the best of our knowledge; none if it cannot be told without writing one. Leaves nothing
+    /// behind. Called before anything moves; an error is final for the attempt.
+    fn measure(&mut self) -> io::Result<Option<Duration>> {
+        Ok(None)
+    }
 
     /// All records, oldest first.
     fn load(&mut self) -> io::Result<Vec<HandoffRecord>>;

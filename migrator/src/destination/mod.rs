@@ -23,6 +23,8 @@ pub enum Event {
     Begin,
     /// A record was written.
     Journaled(Step, io::Result<()>),
+    /// A durable record takes so long.
+    JournalTakes(Duration),
     /// Everything was built; with a guess at loading and starting.
     Built(Result<Duration, Refusal>),
     /// The control connection and all page streams are there.
@@ -161,7 +163,7 @@ impl Destination {
             waiting_state: None,
             refusal: None,
             failure: None,
-            ready: Ready::default(),
+            ready: Ready { journal: Duration::from_millis(1), ..Ready::default() },
             prepared: Prepared::default(),
             running: Running::default(),
             mark: Duration::ZERO,
@@ -173,6 +175,10 @@ impl Destination {
     pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
         self.now = now;
         let result = match event {
+            Event::JournalTakes(time) => {
+                self.ready.journal = time;
+                Ok(())
+            }
             Event::Cancel => Err(MigrateError::Cancelled),
             Event::Lost(why) => Err(MigrateError::Lost(why)),
             Event::Message(Message::Abort(reason)) => Err(MigrateError::GaveUp(reason)),
@@ -210,7 +216,6 @@ impl Destination {
                 self.refuse(Refusal { reason, mismatches: Vec::new() });
             }
             (S::Opening, Event::Journaled(Step::Receiving, Ok(()))) => {
-                self.ready.journal = self.lap();
                 self.hand(DestinationEvent::Journaled(Step::Receiving, true));
                 self.actions.push(Action::Build);
                 self.enter(S::Building, None);

@@ -16,7 +16,7 @@ use crate::arbiter::Claimant;
 use crate::destination::{Action, Destination, Event, Loaded};
 use crate::error::MigrateError;
 use crate::handle::MigrationHandle;
-use crate::handoff::DestinationState;
+use crate::handoff::{DestinationState, Step};
 use crate::options::ReceiveOptions;
 use crate::report::{AnnounceReport, Phase};
 use crate::traits::{Announcer, Connection, DestinationVm, GuestPages, Journal, Refusal, Section, VmDescription};
@@ -269,7 +269,13 @@ impl Driver<'_> {
     fn act(&mut self, action: Action) -> Option<Event> {
         match action {
             Action::Journal(step) => {
-                let result = journal(self.journal, self.offer.id, step, &self.offer.vm.name, &self.peer);
+                let mut result = journal(self.journal, self.offer.id, step, &self.offer.vm.name, &self.peer);
+                if step == Step::Receiving && result.is_ok() {
+                    result = self.journal.measure().map(|time| {
+                        // Nothing is to be done about it.
+                        let _ = time.map(|time| self.machine.handle(self.began.elapsed(), Event::JournalTakes(time)));
+                    });
+                }
                 return Some(Event::Journaled(step, result));
             }
             Action::Build => {

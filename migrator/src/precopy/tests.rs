@@ -214,6 +214,24 @@ fn a_guest_too_fast_for_any_throttle_is_given_up_in_the_end() {
 }
 
 #[test]
+fn the_second_round_tells_what_a_switchover_will_carry() {
+    let mut policy = Precopy::new(Convergence::default(), Duration::from_millis(50), true);
+    policy.costs.rtt = Duration::from_micros(200);
+    policy.begin(Duration::ZERO);
+    // Zero pages, and memory that the destination has never touched: it would fit, and nothing is known of the link yet.
+    policy.round_done(64 << 20, Duration::from_millis(200));
+    assert_eq!(policy.decide(Duration::from_millis(200), 1000), Verdict::Another);
+    policy.round_done(1000 * PAGE_BYTES, Duration::from_micros(2200));
+    assert_eq!(policy.bandwidth(), 2_048_000_000);
+    // A round in which the guest was more in the way.
+    policy.round_done(1000 * PAGE_BYTES, Duration::from_micros(6200));
+    assert_eq!(policy.bandwidth(), 2_048_000_000);
+    policy.round_done(1000 * PAGE_BYTES, Duration::from_micros(6200));
+    assert!(policy.bandwidth() < 700_000_000, "slow twice is slow");
+    assert_eq!(policy.decide(Duration::from_millis(220), 100), Verdict::Switchover);
+}
+
+#[test]
 fn rounds_are_capped() {
     let mut policy =
         Precopy::new(Convergence { max_rounds: 7, ..Convergence::default() }, Duration::from_millis(50), true);

@@ -50,6 +50,8 @@ pub enum Event {
     Paused(Result<(), VmError>),
     /// The state was saved, and memory was hashed if it is to be compared.
     Saved(Result<Saved, VmError>),
+    /// A durable record takes so long.
+    JournalTakes(Duration),
     /// A record was written.
     Journaled(Step, io::Result<()>),
     /// The guest was resumed.
@@ -172,7 +174,6 @@ pub struct Source {
     /// What the round in hand sent, and the destination's word that it arrived.
     sent: Option<Marker>,
     arrived: Option<Marker>,
-    journal_began: Duration,
     actions: Vec<Action>,
 }
 
@@ -199,7 +200,6 @@ impl Source {
             paused_here: false,
             sent: None,
             arrived: None,
-            journal_began: Duration::ZERO,
             actions: Vec::new(),
             options,
         }
@@ -228,6 +228,10 @@ impl Source {
                 // The shortest is the truest: the others waited for a thread, or behind pages.
                 let shortest = *self.rtt.insert(self.rtt.map_or(rtt, |shortest| shortest.min(rtt)));
                 self.precopy.costs.rtt = shortest;
+                Ok(())
+            }
+            Event::JournalTakes(time) => {
+                self.precopy.costs.journal_here = time;
                 Ok(())
             }
             Event::Cancel => Err(MigrateError::Cancelled),
@@ -345,6 +349,7 @@ impl Source {
                     }
                     Verdict::Switchover => {
                         self.account.predicted = self.precopy.predict(dirty);
+                        tracing::debug!(dirty, bandwidth = self.precopy.bandwidth(), costs = ?self.precopy.costs, "predicted parts");
                         self.pause();
                     }
                     Verdict::GiveUp(why) => return Err(why.into()),
@@ -494,9 +499,6 @@ impl Source {
     fn journaled(&mut self, step: Step, result: io::Result<()>) {
         let ok = result.is_ok();
         match (step, result) {
-            (Step::Sending, Ok(())) => {
-                self.precopy.costs.journal_here = self.account.now.saturating_sub(self.journal_began);
-            }
             // Before COMMIT a journal that cannot be written ends the attempt; later it changes nothing any more.
             (Step::Sending, Err(error)) => return self.fail(MigrateError::Journal(error)),
             (Step::Decided, Err(error)) => {
@@ -663,7 +665,6 @@ impl Source {
     }
 
     fn journal(&mut self, step: Step) {
-        self.journal_began = self.account.now;
         self.act(Action::Journal(step));
     }
 
