@@ -127,6 +127,9 @@ impl SourceVm for Vm {
         Ok(())
     }
     fn stop_dirty_log(&mut self) {}
+    fn throttle(&mut self, _: u16) -> Result<(), VmError> {
+        Ok(())
+    }
     fn pause(&mut self) -> Result<(), VmError> {
         Ok(())
     }

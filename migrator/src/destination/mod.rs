@@ -23,8 +23,6 @@ pub enum Event {
     Begin,
     /// A record was written.
     Journaled(Step, io::Result<()>),
-    /// A durable record takes so long.
-    JournalTakes(Duration),
     /// Everything was built; with a guess at loading and starting.
     Built(Result<Duration, Refusal>),
     /// The control connection and all page streams are there.
@@ -171,14 +169,15 @@ impl Destination {
         }
     }
 
+    /// A durable record takes so long, if that is known.
+    pub fn journal_takes(&mut self, time: Option<Duration>) {
+        self.ready.journal = time.unwrap_or(self.ready.journal);
+    }
+
     /// Takes an event in, at the time `now` (since the start, never going back). What is to be done comes out.
     pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
         self.now = now;
         let result = match event {
-            Event::JournalTakes(time) => {
-                self.ready.journal = time;
-                Ok(())
-            }
             Event::Cancel => Err(MigrateError::Cancelled),
             Event::Lost(why) => Err(MigrateError::Lost(why)),
             Event::Message(Message::Abort(reason)) => Err(MigrateError::GaveUp(reason)),

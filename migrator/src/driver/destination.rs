@@ -271,10 +271,7 @@ impl Driver<'_> {
             Action::Journal(step) => {
                 let mut result = journal(self.journal, self.offer.id, step, &self.offer.vm.name, &self.peer);
                 if step == Step::Receiving && result.is_ok() {
-                    result = self.journal.measure().map(|time| {
-                        // Nothing is to be done about it.
-                        let _ = time.map(|time| self.machine.handle(self.began.elapsed(), Event::JournalTakes(time)));
-                    });
+                    result = self.journal.measure().map(|time| self.machine.journal_takes(time));
                 }
                 return Some(Event::Journaled(step, result));
             }

@@ -244,10 +244,7 @@ impl Driver<'_> {
             Action::Journal(step) => {
                 let mut result = journal(self.journal, self.id, step, &self.description.name, &self.dial.peer());
                 if step == Step::Sending && result.is_ok() {
-                    result = self.journal.measure().map(|time| {
-                        // Nothing is to be done about it.
-                        let _ = time.map(|time| self.machine.handle(self.began.elapsed(), Event::JournalTakes(time)));
-                    });
+                    result = self.journal.measure().map(|time| self.machine.journal_takes(time));
                 }
                 return Some(Event::Journaled(step, result));
             }

@@ -50,8 +50,6 @@ pub enum Event {
     Paused(Result<(), VmError>),
     /// The state was saved, and memory was hashed if it is to be compared.
     Saved(Result<Saved, VmError>),
-    /// A durable record takes so long.
-    JournalTakes(Duration),
     /// A record was written.
     Journaled(Step, io::Result<()>),
     /// The guest was resumed.
@@ -220,6 +218,11 @@ impl Source {
         source
     }
 
+    /// A durable record takes so long, if that is known.
+    pub fn journal_takes(&mut self, time: Option<Duration>) {
+        self.precopy.costs.journal_here = time.unwrap_or(self.precopy.costs.journal_here);
+    }
+
     /// Takes an event in, at the time `now` (since the start, never going back). What is to be done comes out.
     pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
         self.account.now = now;
@@ -228,10 +231,6 @@ impl Source {
                 // The shortest is the truest: the others waited for a thread, or behind pages.
                 let shortest = *self.rtt.insert(self.rtt.map_or(rtt, |shortest| shortest.min(rtt)));
                 self.precopy.costs.rtt = shortest;
-                Ok(())
-            }
-            Event::JournalTakes(time) => {
-                self.precopy.costs.journal_here = time;
                 Ok(())
             }
             Event::Cancel => Err(MigrateError::Cancelled),
