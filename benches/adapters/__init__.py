@@ -76,7 +76,8 @@ def contestants(programs):
     from adapters.qemu import Qemu
 
     return [
-        Microvm(programs),
+        Microvm(programs, "microvm", "its defaults, without TLS", 7437),
+        Microvm(programs, "microvm-tls", "its defaults, between hosts that trust each other", 7447, is_trusted=True),
         Qemu(programs, "qemu", "its defaults, but for the cap of 128 MiB a second, which management tools lift as well"),
         Qemu(programs, "qemu-best", "multifd, zero pages found by its threads, downtime-limit 20 ms, the link's bandwidth known",
              is_best=True),

@@ -9,17 +9,14 @@ from adapters import Contestant, ContestantError, Move
 from network import GUEST_ADDRESS, GUEST_MAC, PREFIX_LENGTH
 
 NAME = "bench"
-PORT = 7437
 
 
 class Microvm(Contestant):
     """`microvm agent` on both hosts, `microvm migrate` from one to the other."""
 
-    name = "microvm"
-    what = "its defaults, without TLS"
-
-    def __init__(self, programs):
+    def __init__(self, programs, name, what, port, is_trusted=False):
         self.program = programs["microvm"]
+        self.name, self.what, self.port, self.is_trusted = name, what, port, is_trusted
         self.agents = []
 
     def version(self):
@@ -28,26 +25,19 @@ class Microvm(Contestant):
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    def has(self, command, flag):
-        """Whether a command knows a flag: the command line grows."""
-        said = subprocess.run([self.program, command, "--help"], capture_output=True, text=True).stdout
-        return flag in said
-
-    def cannot(self, case):
-        if case.streams > 1 and not self.has("migrate", "--streams"):
-            return "the program has no --streams yet"
-        return None
-
     def open(self, network, directory):
         self.network = network
         self.runtime = [os.path.join(directory, str(host)) for host in (0, 1)]
-        self.plaintext = {c: ["--insecure-plaintext"] if self.has(c, "--insecure-plaintext") else [] for c in ("agent", "migrate")}
-        # QEMU's pages go as they are, too.
-        self.raw = ["--compress", "none"] if self.has("migrate", "--compress") else []
         for host in (0, 1):
             os.makedirs(self.runtime[host], exist_ok=True)
+        self.plaintext = [] if self.is_trusted else ["--insecure-plaintext"]
+        if self.is_trusted:
+            self.call(0, "trust", "init", "--host", "host0", "--address", network.address(0))
+            bundle = self.call(0, "trust", "issue", "host1", "--address", network.address(1), "--out", "-")
+            self.call(1, "trust", "import", "-", input=bundle)
+        for host in (0, 1):
             log = open(os.path.join(directory, f"agent{host}.log"), "w")
-            command = self.on(host, "agent", "--listen", self.to(host), *self.plaintext["agent"])
+            command = self.on(host, "agent", "--listen", self.to(host), *self.plaintext)
             self.agents.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
             log.close()
         time.sleep(0.3)
@@ -57,15 +47,15 @@ class Microvm(Contestant):
 
     def to(self, host):
         # On loopback both hosts have one address.
-        return f"{self.network.address(host)}:{PORT + host}"
+        return f"{self.network.address(host)}:{self.port + host}"
 
     def on(self, host, *arguments):
-        environment = f"MICROVM_RUNTIME_DIR={self.runtime[host]}"
-        return self.network.on_host(host, "env", environment, self.program, *arguments)
+        runtime = self.runtime[host]
+        environment = [f"MICROVM_RUNTIME_DIR={runtime}", f"MICROVM_CONFIG_DIR={runtime}/config"]
+        return self.network.on_host(host, "env", *environment, self.program, *arguments)
 
-    def call(self, host, *arguments, timeout=60):
-        done = subprocess.run(self.on(host, *arguments), capture_output=True, text=True, timeout=timeout,
-                              stdin=subprocess.DEVNULL)
+    def call(self, host, *arguments, timeout=60, input=""):
+        done = subprocess.run(self.on(host, *arguments), capture_output=True, text=True, timeout=timeout, input=input)
         if done.returncode:
             raise ContestantError(f"microvm {arguments[0]}: {done.stderr.strip()}")
         return done.stdout
@@ -89,7 +79,7 @@ class Microvm(Contestant):
 
     def move(self, limit_s):
         command = self.on(0, "migrate", NAME, "--to", self.to(1), "--json", "--timeout", f"{limit_s}s", *self.streams,
-                          *self.plaintext["migrate"], *self.raw)
+                          *self.plaintext)
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s + 60, stdin=subprocess.DEVNULL)
         try:
             report = json.loads(done.stdout)

@@ -367,18 +367,20 @@ impl Driver<'_> {
         }
     }
 
-    /// Announces on a thread of its own, the first time at once.
+    /// Announces, the first time at once: until then what is sent to the guest goes to its old host, so no thread is waited for.
     fn announce(&mut self) {
         let Some((plan, announcer)) = self.announcement.take() else { return };
         let Schedule(times) = self.options.announce.clone();
         let began = Instant::now();
+        let (now, later): (Vec<_>, Vec<_>) = times.into_iter().partition(Duration::is_zero);
+        now.iter().for_each(|_| announce::burst(&plan, &announcer));
+        if plan.report.guest {
+            announcer.guest_announce();
+        }
         self.announcing = thread::Builder::new()
             .name("announce".into())
             .spawn(move || {
-                if plan.report.guest {
-                    announcer.guest_announce();
-                }
-                for at in times {
+                for at in later {
                     thread::sleep(at.saturating_sub(began.elapsed()));
                     announce::burst(&plan, &announcer);
                 }
