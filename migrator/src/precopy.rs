@@ -83,6 +83,8 @@ pub struct Precopy {
     dirty_rate: Option<f64>,
     looked_at: Option<Duration>,
     best: Option<Best>,
+    /// So many rounds were made although the rest would have fitted.
+    further: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -96,6 +98,13 @@ struct Best {
 const TELLING_BYTES: u64 = 1 << 20;
 /// Time from which on it does.
 const TELLING_TIME: Duration = Duration::from_millis(20);
+
+/// What would do is made better by further rounds if each is shorter than the one before by at least this factor, ...
+const SHRINKING: f64 = 0.7;
+/// ... if they take no more than this part of the time so far, ...
+const FURTHER_PART: f64 = 0.05;
+/// ... and no more than so many times.
+const MOST_FURTHER: u32 = 8;
 
 /// The most that is taken from a guest, in thousandths of its time: what is left must still be a guest.
 pub const MAX_THROTTLE: u16 = 990;
@@ -123,6 +132,7 @@ impl Precopy {
             dirty_rate: None,
             looked_at: None,
             best: None,
+            further: 0,
         }
     }
 
@@ -155,7 +165,16 @@ impl Precopy {
         if predicted <= self.max_downtime {
             // The first round takes its time for zero pages, and for memory that the destination has never touched: what the
             // link carries is seen in the next one, which costs less than a blackout and makes this one shorter.
-            return if self.rounds == 1 && dirty_pages > 0 { Verdict::Another } else { Verdict::Switchover };
+            let first = self.rounds == 1 && dirty_pages > 0;
+            let (transfer, costs) = (predicted.saturating_sub(self.costs.total()), self.costs.total());
+            // It would do. If the guest is slower than the link, each further round makes the blackout shorter, until the costs are
+            // most of it; all of them together take `transfer / (1 - load)`.
+            let further = transfer > costs
+                && self.load() < SHRINKING
+                && transfer.as_secs_f64() / (1.0 - self.load()) < FURTHER_PART * now.as_secs_f64()
+                && self.further < MOST_FURTHER;
+            self.further += u32::from(further);
+            return if first || further { Verdict::Another } else { Verdict::Switchover };
         }
         let better =
             |best: Best| predicted.as_secs_f64() < best.predicted.as_secs_f64() * (1.0 - self.convergence.improvement);
