@@ -7,11 +7,14 @@
 //! ```
 
 use std::fs;
+use std::io;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::Value;
@@ -98,7 +101,7 @@ fn remove_namespace(name: &str) {
         for pid in pids.into_iter().filter_map(rustix::process::Pid::from_raw) {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(10));
     }
     let _ = Command::new("ip").args(["netns", "del", name]).stderr(Stdio::null()).status();
 }
@@ -257,10 +260,10 @@ impl Host {
             }));
             left
         };
-        let end = std::time::Instant::now() + std::time::Duration::from_secs(15);
+        let end = std::time::Instant::now() + Duration::from_secs(15);
         while !what().is_empty() {
             assert!(std::time::Instant::now() < end, "left behind: {:?}", what());
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 
@@ -297,7 +300,7 @@ impl Host {
         while self.state(name).is_some() {
             let log = || self.microvm(&format!("logs --process {name}")).stdout;
             assert!(std::time::Instant::now() < end, "the source does not let go: {:?}\n{}", self.ps(), log());
-            std::thread::sleep(std::time::Duration::from_millis(10));
+            std::thread::sleep(Duration::from_millis(10));
         }
         assert!(to.state(name).is_some(), "{name} is nowhere");
         report
@@ -371,6 +374,15 @@ impl Net {
         plug(&observer, "eth0", "obs");
         observer.ip(&format!("addr add {OBSERVER_IP}/24 dev eth0"));
         observer.ip("addr add fd00:77::fe/64 dev eth0 nodad");
+        // A busy kernel lets a new link carry packets only seconds after it is up. Nobody listens there, which is an answer.
+        for end in [&a.ns, &observer] {
+            wait_until("packets pass", || {
+                let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
+                let there = SocketAddr::from(([10, 77, 0, 2], 9));
+                let dial = move || TcpStream::connect_timeout(&there, Duration::from_millis(200)).is_err_and(refused);
+                end.within(dial).join().unwrap()
+            });
+        }
         Net { a, b, observer, switch }
     }
 
