@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use common::net::{Host, Net, hosts};
 use common::trust::{dialer, member, sections};
-use common::{no_hosts, skip, wait_for, wait_until};
+use common::{no_hosts, skip, wait_until};
 use migrator::driver::request::{self, AskAnswer};
 use rustix::process::Signal;
 use serde_json::json;
@@ -290,9 +290,8 @@ fn a_migration_is_nobody_elses_to_ask_about() {
     let Some(net) = hosts() else { return };
     net.b.pulse("web", "--memory 64M", "ws=16M rate=1M");
     let migration = net.b.start("migrate web --to 10.77.0.1 --bandwidth 1M --json");
-    let journal = wait_for("the migration's journal", || {
-        fs::read_dir(net.a.runtime().join("incoming")).ok()?.find_map(Result::ok)
-    });
+    wait_until("pages are under way", || net.b.inspect("web")["migration"]["phase"] == "pre-copy");
+    let journal = fs::read_dir(net.a.runtime().join("incoming")).unwrap().find_map(Result::ok).unwrap();
     let id = journal.file_name().to_str().unwrap().parse().unwrap();
     let before = fs::read(journal.path()).unwrap();
     let (host2, host3) = (member(&net.a, "host2", "10.77.0.2"), member(&net.a, "host3", "10.77.0.3"));
