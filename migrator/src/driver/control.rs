@@ -16,6 +16,9 @@ use crate::wire::{Header, Message, decode, encode, frame};
 /// The wait between the first two PINGs. It grows to the keepalive's.
 const FIRST_WAIT: Duration = Duration::from_millis(2);
 
+/// So many messages may wait for the peer to read before its PINGs are not answered any more.
+const MOST_WAITING: usize = 64;
+
 /// What happens on a control connection. `Lost` is the last thing.
 #[derive(Debug)]
 pub(super) enum ControlEvent {
@@ -59,6 +62,13 @@ impl Outbox {
         }
         state.queue.push_back(bytes);
         self.changed.notify_one();
+    }
+
+    /// Answers a PING, but for a peer that asks and asks and does not read.
+    fn answer(&self, token: u64) {
+        if lock(&self.state).queue.len() < MOST_WAITING {
+            self.send(&Message::Pong(token));
+        }
     }
 
     fn end(&self) {
@@ -170,7 +180,7 @@ fn read_loop(
 ) -> String {
     loop {
         match read_message(&mut *reader) {
-            Ok(Message::Ping(token)) => pongs.send(&Message::Pong(token)),
+            Ok(Message::Ping(token)) => pongs.answer(token),
             Ok(Message::Pong(token)) => {
                 if let Some(rtt) = began.elapsed().checked_sub(Duration::from_micros(token)) {
                     sink(ControlEvent::RoundTrip(rtt));
@@ -263,6 +273,17 @@ mod tests {
             self.finished.store(true, Ordering::Relaxed);
             Ok(())
         }
+    }
+
+    #[test]
+    fn who_asks_and_does_not_read_gets_no_more_answers() {
+        let state = OutboxState { writer: None, queue: VecDeque::new(), end: false };
+        let outbox = Outbox { state: Mutex::new(state), changed: Condvar::new() };
+        (0..10_000).for_each(|token| outbox.answer(token));
+        assert_eq!(lock(&outbox.state).queue.len(), MOST_WAITING);
+        // What the migration has to say is said.
+        outbox.send(&Message::Commit);
+        assert_eq!(lock(&outbox.state).queue.len(), MOST_WAITING + 1);
     }
 
     #[test]

@@ -22,6 +22,8 @@ use crate::layout::{CHUNK_PAGES, PAGE_BYTES, PAGE_SIZE, PageRun};
 use crate::pages::Chunk;
 use crate::traits::GuestPages;
 
+/// Bytes of pages that one write carries if nothing limits it.
+pub(super) const BATCH_BYTES: u64 = CHUNK_PAGES * PAGE_BYTES;
 /// The most threads that compress.
 const MAX_WORKERS: usize = 8;
 /// Pages in a sample, spread over the chunk.
@@ -360,6 +362,3 @@ impl Sampler {
         Ok(Trial { level, ratio: frame as f64 / bytes, pack: speed(packed - began), unpack: speed(packed.elapsed()) })
     }
 }
-
-/// Bytes of pages that one write carries if nothing limits it.
-pub(super) const BATCH_BYTES: u64 = CHUNK_PAGES * PAGE_BYTES;
