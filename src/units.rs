@@ -21,8 +21,13 @@ pub enum UnitError {
 
 /// How long silence may be before it means death: long enough that a busy host is not dead.
 pub fn parse_dead_after(word: &str) -> Result<Duration, UnitError> {
+    parse_duration(word).and_then(check_dead_after)
+}
+
+/// A silence that may mean death: 100 ms to an hour.
+pub fn check_dead_after(time: Duration) -> Result<Duration, UnitError> {
     let sensible = Duration::from_millis(100)..=Duration::from_secs(3600);
-    parse_duration(word).and_then(|time| if sensible.contains(&time) { Ok(time) } else { Err(UnitError::Silence) })
+    if sensible.contains(&time) { Ok(time) } else { Err(UnitError::Silence) }
 }
 
 fn split(word: &str) -> Option<(f64, String)> {

@@ -32,17 +32,20 @@ fn does_not_go(from: &Host, to: &Host, more: &str, words: &[&str]) {
     assert_eq!(from.state("web").as_deref(), Some("running"));
 }
 
-#[test]
-fn three_commands_make_two_hosts_trust_each_other() {
-    let Some(net) = no_hosts().map_or_else(
-        || Some(Net::of_strangers()),
-        |reason| {
+/// Two hosts that have nothing in common but a network.
+fn strangers() -> Option<Net> {
+    match no_hosts() {
+        None => Some(Net::of_strangers()),
+        Some(reason) => {
             skip(&reason);
             None
-        },
-    ) else {
-        return;
-    };
+        }
+    }
+}
+
+#[test]
+fn three_commands_make_two_hosts_trust_each_other() {
+    let Some(net) = strangers() else { return };
     let (mut a, mut b) = (net.a, net.b);
     // Nothing is trusted, and nothing goes, until somebody says so.
     a.microvm("agent --listen 10.77.0.1:7437")
@@ -445,15 +448,7 @@ fn pulling_a_vm() {
 
 #[test]
 fn without_trust_there_is_loopback_only() {
-    let Some(net) = no_hosts().map_or_else(
-        || Some(Net::of_strangers()),
-        |reason| {
-            skip(&reason);
-            None
-        },
-    ) else {
-        return;
-    };
+    let Some(net) = strangers() else { return };
     let (a, there) = (net.a, net.b);
     // Two hosts on one machine, as in the README: two runtime folders.
     let listen = |host: &Host, port: u16| {

@@ -6,36 +6,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use migrator::driver::request::{Pull, Pulling};
 use migrator::transport::tls::Identity;
-use migrator::{Compression, Owner, Report};
-use serde::{Deserialize, Serialize};
+use migrator::{Owner, Report};
 
 use super::{Agent, with_port};
 use crate::client::{self, Conversation};
-use crate::machine::view::{Answer, MigrateRequest, Mode, Request, Throttle, resolve};
-
-/// What `microvm pull` says of how to move the VM: what `migrate` takes.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PullSettings {
-    /// Allowed blackout, in microseconds.
-    pub max_downtime_us: u64,
-    /// Limit for everything up to the switchover, in milliseconds.
-    pub timeout_ms: Option<u64>,
-    /// Cap, bytes a second.
-    pub bandwidth: Option<u64>,
-    /// Page streams.
-    pub streams: u16,
-    /// Whether pages are compressed.
-    pub compression: Compression,
-    /// How memory moves.
-    pub mode: Mode,
-    /// Compare hashes of all memory at the switchover.
-    pub verify: bool,
-    /// Whether the guest may be slowed down.
-    pub throttle: Throttle,
-    /// How long a silent destination counts as alive, in milliseconds.
-    pub dead_after_ms: u64,
-}
+use crate::machine::view::{Answer, How, MigrateRequest, Request, resolve};
 
 /// The VM's process says something more often than this.
 const PROMPT: Duration = Duration::from_secs(30);
@@ -66,41 +41,12 @@ pub(super) fn serve(
         own,
         "{to} is not a name or address of {whose}: a host pulls VMs to itself, under a name that its certificate has (--to)"
     );
-    let settings: PullSettings =
-        serde_json::from_value(pull.settings.clone()).context("how to move it cannot be understood")?;
-    ensure!(
-        (1..=migrator::wire::MAX_STREAMS).contains(&settings.streams),
-        "{} page streams cannot be",
-        settings.streams
-    );
+    let how: How = serde_json::from_value(pull.settings.clone()).context("how to move it cannot be understood")?;
+    how.check()?;
     let (runtime, vm) = (&agent.runtime, pull.vm.as_str());
     ensure!(runtime.vm(vm)?.exists(), "there is no VM {vm} on this host");
-    let PullSettings {
-        max_downtime_us,
-        timeout_ms,
-        bandwidth,
-        streams,
-        compression,
-        mode,
-        verify,
-        throttle,
-        dead_after_ms,
-    } = settings;
     let (to, addresses, link) = (pull.to.clone(), resolve(&pull.to), agent.peers.link()?);
-    let request = MigrateRequest {
-        to,
-        addresses,
-        max_downtime_us,
-        timeout_ms,
-        bandwidth,
-        streams,
-        compression,
-        mode,
-        verify,
-        throttle,
-        dead_after_ms,
-        link,
-    };
+    let request = MigrateRequest { to, addresses, how, link };
     tracing::info!(vm, to = request.to, by = whose, "pulled");
     let mut conversation = Conversation::ask(runtime, vm, &Request::Migrate(request))?;
     conversation.be_patient(PROMPT)?;

@@ -28,15 +28,7 @@ pub fn run(runtime: &Runtime, args: &MigrateArgs) -> Result<u8> {
     let request = MigrateRequest {
         to: args.to.clone(),
         addresses: resolve(&args.to),
-        max_downtime_us: how.max_downtime.as_micros() as u64,
-        timeout_ms: how.timeout.map(|t| t.as_millis() as u64),
-        bandwidth: how.bandwidth,
-        streams: how.streams,
-        compression: how.compress,
-        mode: how.mode,
-        verify: how.verify,
-        throttle: how.throttle,
-        dead_after_ms: how.dead_after.as_millis() as u64,
+        how: how.into(),
         link: Link::to(&args.to, how.insecure_plaintext)?,
     };
     let name = &args.name;

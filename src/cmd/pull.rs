@@ -10,11 +10,11 @@ use migrator::options::Timeouts;
 use migrator::{MigrationId, Outcome};
 
 use super::migrate::{Show, exit_code_of, on_interrupt, tell};
-use crate::agent::pull::{PullSettings, host_of};
+use crate::agent::pull::host_of;
 use crate::agent::with_port;
 use crate::cli::PullArgs;
 use crate::machine::exit_code;
-use crate::machine::view::ProgressView;
+use crate::machine::view::{How, ProgressView};
 use crate::trust::Link;
 use crate::trust::store::Store;
 
@@ -26,17 +26,7 @@ pub fn run(args: &PullArgs) -> Result<u8> {
         Some(to) => to.clone(),
         None => own_address(&args.from, &link)?,
     };
-    let settings = PullSettings {
-        max_downtime_us: how.max_downtime.as_micros() as u64,
-        timeout_ms: how.timeout.map(|t| t.as_millis() as u64),
-        bandwidth: how.bandwidth,
-        streams: how.streams,
-        compression: how.compress,
-        mode: how.mode,
-        verify: how.verify,
-        throttle: how.throttle,
-        dead_after_ms: how.dead_after.as_millis() as u64,
-    };
+    let settings = How::from(how);
     let timeouts = Timeouts::with_dead_after(how.dead_after);
     let dialer = link.dialer(&args.from, timeouts)?;
     let cancelled = Arc::new(AtomicBool::new(false));

@@ -77,7 +77,7 @@ fn answer(machine: &Arc<Machine>, host: &Arc<Host>, request: Request, send: Send
         Request::Migrate(request) => {
             let peer = request.to.clone();
             let handle = migrate(machine, host, &request)?;
-            let patience = Duration::from_millis(request.dead_after_ms) * IN_DOUBT_PATIENCE;
+            let patience = Duration::from_millis(request.how.dead_after_ms) * IN_DOUBT_PATIENCE;
             watch(machine, &handle, &peer, patience, send)
         }
         Request::Cancel => {

@@ -3,9 +3,11 @@
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::time::Duration;
 
+use anyhow::{Result, ensure};
 use migrator::handoff::HandoffRecord;
 use migrator::options::Timeouts;
 use migrator::report::CompressionReport;
+use migrator::wire::MAX_STREAMS;
 use migrator::{Compression, Options, Progress, Report};
 use serde::{Deserialize, Serialize};
 use vmm::sandbox::Sandbox;
@@ -13,9 +15,11 @@ use vmm::sandbox::Sandbox;
 use super::spec::{BootSpec, NetSpec};
 use super::{Exit, Machine, State, lock, unix_seconds};
 use crate::agent::with_port;
+use crate::cli::MoveArgs;
 use crate::journals::unix_ms;
 use crate::runtime::VmDir;
 use crate::trust::Link;
+use crate::units::check_dead_after;
 
 /// What a client asks.
 #[derive(Debug, Serialize, Deserialize)]
@@ -50,6 +54,16 @@ pub struct MigrateRequest {
     pub to: String,
     /// The addresses of that host, or why there are none: the VM's process looks up no names.
     pub addresses: Result<Vec<SocketAddr>, String>,
+    /// How it moves.
+    pub how: How,
+    /// What its connections are secured with.
+    pub link: Link,
+}
+
+/// How a VM moves, as `migrate` and `pull` were told. Peers say it, too: see [`How::check`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct How {
     /// Allowed blackout, in microseconds.
     pub max_downtime_us: u64,
     /// Limit for everything up to the switchover, in milliseconds.
@@ -68,8 +82,32 @@ pub struct MigrateRequest {
     pub throttle: Throttle,
     /// How long a silent destination counts as alive, in milliseconds.
     pub dead_after_ms: u64,
-    /// What its connections are secured with.
-    pub link: Link,
+}
+
+impl From<&MoveArgs> for How {
+    fn from(args: &MoveArgs) -> Self {
+        How {
+            max_downtime_us: args.max_downtime.as_micros() as u64,
+            timeout_ms: args.timeout.map(|limit| limit.as_millis() as u64),
+            bandwidth: args.bandwidth,
+            streams: args.streams,
+            compression: args.compress,
+            mode: args.mode,
+            verify: args.verify,
+            throttle: args.throttle,
+            dead_after_ms: args.dead_after.as_millis() as u64,
+        }
+    }
+}
+
+impl How {
+    /// Refuses what the command line would not have taken.
+    pub fn check(&self) -> Result<()> {
+        let streams = self.streams;
+        ensure!((1..=MAX_STREAMS).contains(&streams), "{streams} page streams cannot be: 1 to {MAX_STREAMS} can");
+        check_dead_after(Duration::from_millis(self.dead_after_ms))?;
+        Ok(())
+    }
 }
 
 /// How memory moves.
@@ -101,20 +139,21 @@ impl MigrateRequest {
     /// As the migrator wants it.
     pub fn options(&self) -> Options {
         let from = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let how = &self.how;
         Options {
             from,
-            mode: match self.mode {
+            mode: match how.mode {
                 Mode::PreCopy => migrator::Mode::PreCopy,
                 Mode::StopAndCopy => migrator::Mode::StopAndCopy,
             },
-            max_downtime: Duration::from_micros(self.max_downtime_us),
-            timeout: self.timeout_ms.map(Duration::from_millis),
-            bandwidth: self.bandwidth,
-            streams: self.streams,
-            compression: self.compression,
-            verify: self.verify,
-            throttle: self.throttle == Throttle::Auto,
-            timeouts: Timeouts::with_dead_after(Duration::from_millis(self.dead_after_ms)),
+            max_downtime: Duration::from_micros(how.max_downtime_us),
+            timeout: how.timeout_ms.map(Duration::from_millis),
+            bandwidth: how.bandwidth,
+            streams: how.streams,
+            compression: how.compression,
+            verify: how.verify,
+            throttle: how.throttle == Throttle::Auto,
+            timeouts: Timeouts::with_dead_after(Duration::from_millis(how.dead_after_ms)),
             ..Options::default()
         }
     }
@@ -336,6 +375,37 @@ impl Machine {
             traffic: traffic.collect(),
             migration,
             last_migration,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_peer_cannot_say_what_the_command_line_would_not_take() {
+        let good = json!({
+            "max_downtime_us": 50_000, "timeout_ms": null, "bandwidth": null, "streams": 1, "compression": "auto",
+            "mode": "pre-copy", "verify": false, "throttle": "auto", "dead_after_ms": 5000,
+        });
+        let taken =
+            |how: &serde_json::Value| serde_json::from_value::<How>(how.clone()).is_ok_and(|how| how.check().is_ok());
+        assert!(taken(&good));
+        for (field, bad) in [
+            ("streams", json!(0)),
+            ("streams", json!(17)),
+            ("dead_after_ms", json!(0)),
+            ("dead_after_ms", json!(u64::MAX)),
+            ("compression", json!("zstd:99")),
+            ("throttle", json!("maybe")),
+            ("more", json!(1)),
+        ] {
+            let mut how = good.clone();
+            how[field] = bad;
+            assert!(!taken(&how), "{how}");
         }
     }
 }
