@@ -5,12 +5,13 @@
 //! page twice and relies on the same bytes, and no reference to guest memory is ever formed.
 #![allow(unsafe_code)] // writev, recvmsg and madvise take addresses of guest memory
 
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vm_memory::bitmap::{Bitmap, MS};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, VolatileMemory, VolatileSlice};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, VolatileSlice};
 
 use super::{GuestMemoryMmap, PAGE_BYTES, SharedMemory};
 use crate::host::touched::Touched;
@@ -21,6 +22,19 @@ const MAX_VECTORS: usize = 1024;
 const WORTH_ASKING: u64 = 16;
 /// What one entry of a middle page table maps on x86-64.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// How far ahead of the page that is looked at another one is fetched: caches do so by themselves only within a page.
+const PREFETCH_BYTES: usize = 16 * PAGE_BYTES as usize;
+
+/// What is in a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Content {
+    /// It was never touched, and so reads as zeros.
+    Untouched,
+    /// It was touched, and reads as zeros.
+    Zeros,
+    Other,
+}
 
 /// A piece of what is written to a stream.
 #[derive(Debug, Clone)]
@@ -54,7 +68,7 @@ impl Pages {
     }
 
     /// The pieces of memory that hold `run`: one, or two where it crosses the device hole.
-    fn slices(&self, run: &Range<u64>) -> io::Result<impl Iterator<Item = Slice<'_>>> {
+    fn slices(&self, run: &Range<u64>) -> io::Result<impl Iterator<Item = Slice<'_>> + use<'_>> {
         if run.start > run.end || run.end > self.count {
             let message = format!("pages {}..{} are not in a guest of {} pages", run.start, run.end, self.count);
             return Err(io::Error::new(ErrorKind::InvalidInput, message));
@@ -111,6 +125,7 @@ impl Pages {
             // SAFETY: the vectors are `tail`, borrowed, and guest memory, which `self` keeps mapped and nobody holds references to.
             unsafe { libc::recvmsg(from.as_raw_fd(), &raw mut message, libc::MSG_WAITALL) }
         })?;
+
         for run in runs {
             self.slices(run)?.for_each(|slice| slice.bitmap().mark_dirty(0, slice.len()));
         }
@@ -140,26 +155,17 @@ impl Pages {
         Ok(())
     }
 
-    /// Whether page `page` reads as zeros now. Most other pages differ in a few places that are looked at first.
+    /// Whether page `page` reads as zeros now.
     pub fn is_zero(&self, page: u64) -> io::Result<bool> {
-        const PROBES: [usize; 3] = [0, 2048, 4088];
-        let mut copy = [0u64; PAGE_BYTES as usize / 8];
-        for slice in self.slices(&(page..page + 1))? {
-            for probe in PROBES {
-                let word = slice.subslice(probe, 8).and_then(|s| s.get_ref::<u64>(0).map(|r| r.load()));
-                if word.map_err(io::Error::other)? != 0 {
-                    return Ok(false);
-                }
-            }
-            slice.copy_to(&mut copy[..]);
-        }
-        Ok(copy.iter().fold(0, |all, word| all | word) == 0)
+        let mut slices = self.slices(&(page..page + 1))?;
+        // SAFETY: the slice is a page of guest memory, which `self` keeps mapped.
+        Ok(slices.all(|slice| unsafe { reads_as_zeros(slice.ptr_guard().as_ptr()) }))
     }
 
     /// Calls `found` for each page of `run` that reads as zeros now, in order.
     pub fn find_zero(&self, run: Range<u64>, mut found: impl FnMut(u64)) -> io::Result<()> {
-        self.look(&run, |page, touched| {
-            if !touched || self.is_zero(page)? {
+        self.look(&run, |page, content| {
+            if content != Content::Other {
                 found(page);
             }
             Ok(())
@@ -169,28 +175,39 @@ impl Pages {
     /// Makes the pages of `run` zero; those that are zero already stay untouched and so cost no memory.
     pub fn clear(&self, run: Range<u64>) -> io::Result<()> {
         const ZEROS: [u8; PAGE_BYTES as usize] = [0; PAGE_BYTES as usize];
-        self.look(&run, |page, touched| match touched && !self.is_zero(page)? {
-            true => self.copy_in(page, &ZEROS),
-            false => Ok(()),
+        self.look(&run, |page, content| match content {
+            Content::Other => self.copy_in(page, &ZEROS),
+            Content::Untouched | Content::Zeros => Ok(()),
         })
     }
 
-    /// Calls `each` for each page of `run`, in order: whether it was ever touched. If not, it is zero.
-    fn look(&self, run: &Range<u64>, mut each: impl FnMut(u64, bool) -> io::Result<()>) -> io::Result<()> {
+    /// Calls `each` for each page of `run`, in order, with what is in it now.
+    fn look(&self, run: &Range<u64>, mut each: impl FnMut(u64, Content) -> io::Result<()>) -> io::Result<()> {
         let mut page = run.start;
         let short = run.end - run.start.min(run.end) < WORTH_ASKING;
         for slice in self.slices(run)? {
             let count = slice.len() as u64 / PAGE_BYTES;
+            let guard = slice.ptr_guard();
+            let mut at = guard.as_ptr();
             let mut result = Ok(());
             let one = |touched| {
+                // SAFETY: every x86-64 has it; where nothing is mapped it does nothing.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(PREFETCH_BYTES).cast()) };
                 if result.is_ok() {
-                    result = each(page, touched);
+                    let content = match touched {
+                        false => Content::Untouched,
+                        // SAFETY: `at` goes through the pages of the slice, guest memory that `self` keeps mapped.
+                        true if unsafe { reads_as_zeros(at) } => Content::Zeros,
+                        true => Content::Other,
+                    };
+                    result = each(page, content);
                 }
                 page += 1;
+                at = at.wrapping_add(PAGE_BYTES as usize);
             };
             match short {
                 true => std::iter::repeat_n(true, count as usize).for_each(one),
-                false => self.touched.look(slice.ptr_guard().as_ptr(), count, one)?,
+                false => self.touched.look(guard.as_ptr(), count, one)?,
             }
             result?;
         }
@@ -216,6 +233,22 @@ impl Pages {
         }
         Ok(())
     }
+}
+
+/// Whether a page reads as zeros now. Ends at the first piece that does not.
+///
+/// # Safety
+///
+/// A page of mapped memory begins at `page`. Others may write to it meanwhile.
+unsafe fn reads_as_zeros(page: *const u8) -> bool {
+    /// Words that are looked at together: a cache line.
+    const PIECE: usize = 8;
+    let words = page.cast::<u64>();
+    (0..PAGE_BYTES as usize / 8).step_by(PIECE).all(|piece| {
+        // SAFETY: within the page. Volatile, because the guest may write it.
+        let word = |n| unsafe { words.add(piece + n).read_volatile() };
+        (0..PIECE).fold(0, |all, n| all | word(n)) == 0
+    })
 }
 
 /// Repeats `call` until all of `vectors` went through, stepping over what each call has done.
@@ -312,8 +345,8 @@ mod tests {
         pages.copy_in(70, &[0; 4096]).unwrap();
         let touched = || {
             let mut all = Vec::new();
-            let note = |page, touched: bool| {
-                all.extend(touched.then_some(page));
+            let note = |page, content| {
+                all.extend((content != Content::Untouched).then_some(page));
                 Ok(())
             };
             pages.look(&(0..128), note).unwrap();
