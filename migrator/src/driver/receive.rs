@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 
 use super::guarded;
-use super::send::pieces;
+use super::send::COPY_PAGES;
 use crate::compress::Unpacker;
 use crate::layout::PageRun;
 use crate::pages::{Chunk, FRAME_BYTES, Marker, PageFrame};
@@ -165,4 +165,11 @@ fn copy_pages(
         memory.write(run, buffer)?;
     }
     reader.read_exact(tail)
+}
+
+/// A run in pieces of at most [`COPY_PAGES`].
+fn pieces(run: PageRun) -> impl Iterator<Item = PageRun> {
+    let end = run.first + run.pages;
+    let firsts = (run.first..end).step_by(COPY_PAGES as usize);
+    firsts.map(move |first| PageRun { first, pages: COPY_PAGES.min(end - first) })
 }

@@ -511,35 +511,33 @@ fn copy_parts(
     buffer: &mut Vec<u8>,
     writer: &mut dyn ConnectionWriter,
 ) -> io::Result<()> {
-    buffer.clear();
+    // Kept at its length: to lengthen it would be to write zeros first.
+    buffer.resize((COPY_PAGES * PAGE_BYTES) as usize, 0);
+    let mut filled = 0;
     for part in parts {
-        match part {
-            Part::Bytes(bytes) => buffer.extend_from_slice(bytes),
-            Part::Pages(run) => {
-                for run in pieces(*run) {
-                    let start = buffer.len();
-                    buffer.resize(start + run.bytes() as usize, 0);
-                    memory.read(run, &mut buffer[start..])?;
-                    if buffer.len() as u64 >= COPY_PAGES * PAGE_BYTES {
-                        writer.write_all(buffer)?;
-                        buffer.clear();
-                    }
+        let mut rest = Some(*part);
+        while let Some(part) = rest {
+            let (now, later) = part.cut((buffer.len() - filled) as u64);
+            if let Some(now) = now {
+                let into = &mut buffer[filled..filled + now.bytes() as usize];
+                match now {
+                    Part::Bytes(bytes) => into.copy_from_slice(bytes),
+                    Part::Pages(run) => memory.read(run, into)?,
                 }
+                filled += into.len();
             }
+            if later.is_some() {
+                writer.write_all(&buffer[..filled])?;
+                filled = 0;
+            }
+            rest = later;
         }
     }
-    writer.write_all(buffer)
+    writer.write_all(&buffer[..filled])
 }
 
 /// Pages that go through a buffer of ours at once: 256 KiB, which stays in a core's cache.
-const COPY_PAGES: u64 = 64;
-
-/// A run in pieces of at most [`COPY_PAGES`].
-pub(super) fn pieces(run: PageRun) -> impl Iterator<Item = PageRun> {
-    let end = run.first + run.pages;
-    let firsts = (run.first..end).step_by(COPY_PAGES as usize);
-    firsts.map(move |first| PageRun { first, pages: COPY_PAGES.min(end - first) })
-}
+pub(super) const COPY_PAGES: u64 = 64;
 
 impl ChunkBits {
     /// The first `count` of the bits that are set.

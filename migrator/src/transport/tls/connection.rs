@@ -3,7 +3,8 @@
 //! One rustls connection, behind a lock that is held only while bytes are transformed, never while anybody waits for a socket: what
 //! is read from the socket is decrypted under the lock, what is encrypted under the lock is written after it. Only the writing half
 //! writes to the socket, so records keep their order. An alert or a key update that the reading half gives rise to goes out with the
-//! next bytes that are written.
+//! next bytes that are written. Once the reading half is gone, as in page streams, the writing half has the connection to itself, and
+//! records go from rustls to the socket without another copy.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -17,7 +18,7 @@ use super::Identity;
 use super::timed_out;
 use crate::traits::{Closer, Connection, ConnectionReader, ConnectionWriter, Split};
 
-/// The most that is encrypted and written at once: many records (16 KiB) a system call, and a short turn at the lock.
+/// The most that is encrypted at once while the reading half may want the lock: a short turn.
 const WRITE_BYTES: usize = 256 << 10;
 /// The most that is read from the socket at once.
 const READ_BYTES: usize = 128 << 10;
@@ -69,15 +70,15 @@ impl TlsConnection {
 }
 
 /// All that waits to be written.
-fn drain(tls: &mut rustls::Connection, out: &mut Vec<u8>) -> io::Result<()> {
+fn drain(tls: &mut rustls::Connection, out: &mut dyn Write) -> io::Result<()> {
     while tls.wants_write() {
         tls.write_tls(out)?;
     }
     Ok(())
 }
 
-/// Adds the records of `bytes`, and whatever else waits, to `out`.
-fn encrypt(tls: &mut rustls::Connection, bytes: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
+/// Writes the records of `bytes`, and whatever else waits, to `out`.
+fn encrypt(tls: &mut rustls::Connection, bytes: &[u8], out: &mut dyn Write) -> io::Result<()> {
     tls.writer().write_all(bytes)?;
     drain(tls, out)
 }
@@ -200,6 +201,13 @@ impl Write for TlsWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.broken {
             return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        if let Some(tls) = Arc::get_mut(&mut self.tls) {
+            let tls = tls.get_mut().unwrap_or_else(PoisonError::into_inner);
+            let written = self.socket.write_all(&self.out).and_then(|()| encrypt(tls, bytes, &mut self.socket));
+            self.out.clear();
+            self.broken |= written.is_err();
+            return written.map(|()| bytes.len());
         }
         let bytes = &bytes[..bytes.len().min(WRITE_BYTES)];
         encrypt(&mut lock(&self.tls), bytes, &mut self.out)?;

@@ -253,7 +253,10 @@ impl Authenticated {
 
 /// The one provider that is built in.
 fn provider() -> CryptoProvider {
-    rustls::crypto::ring::default_provider()
+    let mut provider = rustls::crypto::ring::default_provider();
+    // AES with a key of 128 bits first: ten rounds instead of fourteen, for every byte of a guest's memory.
+    provider.cipher_suites.sort_by_key(|suite| suite.suite() != rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
+    provider
 }
 
 /// `host:port` without the port and the brackets of an IPv6 address.

@@ -210,6 +210,37 @@ fn what_is_sent_without_waiting_stays_in_order() {
 }
 
 #[test]
+fn a_writing_half_alone_sends_all_and_stops_where_it_broke() {
+    let root = root("fleet");
+    let (dialled, accepted) = meet(&ordinary(&root, A), &ordinary(&root, B));
+    let (Split { mut writer, reader, .. }, there) =
+        (dialled.unwrap().split().unwrap(), Box::new(accepted.unwrap()).split().unwrap());
+    let mut far = there.reader;
+    drop(reader);
+    let bytes: Vec<u8> = (0..32 << 20).map(|n: u32| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let mut sent = 0;
+    while let taken @ 1.. = writer.write_now(&bytes[sent..][..100_000]).unwrap() {
+        sent += taken;
+    }
+    assert!(writer.waits(), "part of a record waits, and goes first");
+    thread::scope(|scope| {
+        scope.spawn(|| writer.write_all(&bytes[sent..]).unwrap());
+        let mut seen = vec![0; bytes.len()];
+        far.read_exact(&mut seen).unwrap();
+        assert!(seen == bytes, "other bytes came");
+    });
+    // Nobody reads any more: it ends somewhere in a record, after which nothing could be understood.
+    writer.set_timeout(Some(Duration::from_millis(100))).unwrap();
+    assert!(super::super::is_timeout(&writer.write_all(&bytes).unwrap_err()));
+    assert_eq!(writer.write(b"more").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    writer.finish().unwrap();
+    let mut seen = Vec::new();
+    let cut = far.read_to_end(&mut seen).unwrap_err().kind();
+    assert_eq!(cut, io::ErrorKind::ConnectionAborted, "no end was said");
+    assert!(bytes.starts_with(&seen), "other bytes came");
+}
+
+#[test]
 fn waiting_has_an_end_however_little_comes() {
     let root = root("fleet");
     let (dialled, accepted) = meet(&ordinary(&root, A), &ordinary(&root, B));
