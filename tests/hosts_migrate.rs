@@ -4,9 +4,13 @@
 
 mod common;
 
+use std::collections::BTreeMap;
+use std::process::Command;
+
 use common::guest::{Pulse, number};
 use common::net::{Host, Net, hosts};
-use common::{no_hosts, skip, wait_until};
+use common::{Running, no_hosts, skip, wait_until};
+use rustix::process::Signal;
 use serde_json::Value;
 
 /// There and back, with memory compared at each switchover, and checked by the guest after it.
@@ -226,6 +230,67 @@ fn a_guest_that_writes_faster_than_the_link_is_slowed_down_and_arrives() {
     let most = (64 << 20) / 4096 * 400 / 1000;
     assert!(left[left.len() - 2] <= most && left[0] > most, "{report}");
     pulse.is_well(&net.b);
+}
+
+/// The system calls, by name, of a process and of those that it starts, from now on until `ended`.
+fn system_calls(pid: i32, meanwhile: impl FnOnce()) -> BTreeMap<String, u64> {
+    let mut strace = Command::new("strace");
+    let trace = Running::start({
+        strace.args(["-f", "-c", "-U", "name,calls", "-p", &pid.to_string()]);
+        strace
+    });
+    wait_until("strace watches", || {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        status.lines().any(|line| line.strip_prefix("TracerPid:").is_some_and(|tracer| tracer.trim() != "0"))
+    });
+    meanwhile();
+    trace.signal(Signal::INT);
+    let said = trace.said();
+    let calls = said.stderr.lines().filter_map(|line| {
+        let (name, count) = line.trim().split_once(' ')?;
+        Some((name.into(), count.trim().parse().ok()?))
+    });
+    calls.collect()
+}
+
+/// For each 2 MiB, the source asks the page table and writes; the destination asks the page table, asks for a huge page, and reads.
+/// With TLS, as much is written at once as fits into a core's cache, and read as has come.
+#[test]
+fn few_system_calls_for_much_memory() {
+    if let Some(reason) = no_hosts() {
+        return skip(&reason);
+    }
+    few_system_calls(Net::of_strangers(), "--insecure-plaintext", 1, 1);
+    few_system_calls(Net::new(), "", 10, 64);
+}
+
+/// So many writes and reads, for each 2 MiB.
+fn few_system_calls(mut net: Net, how: &str, writes: u64, reads: u64) {
+    /// What a migration needs however large the guest is.
+    const ANYWAY: u64 = 300;
+    let pieces = 512 / 2;
+    net.a.start_agent(how);
+    net.b.start_agent(how);
+    let pulse = net.a.pulse("web", "--memory 512M", "fill=400M ws=1M rate=0");
+    let (source, agent) = (net.a.inspect("web")["pid"].as_i64().unwrap() as i32, net.b.agent_pid().unwrap());
+    let mut there = BTreeMap::new();
+    let here = system_calls(source, || {
+        there = system_calls(agent, || {
+            net.a.moves("web", &net.b, how);
+        });
+    });
+    pulse.is_well(&net.b);
+    let few = |calls: &BTreeMap<String, u64>, names: &[&str], most: u64| {
+        let count: u64 = names.iter().filter_map(|name| calls.get(*name)).sum();
+        assert!(count > 0 && count <= most * pieces + ANYWAY, "{count} of {names:?}, {how}: {calls:?}");
+    };
+    few(&here, &["writev", "sendmsg", "sendto"], writes);
+    few(&there, &["readv", "recvmsg", "recvfrom"], reads);
+    for side in [&here, &there] {
+        few(side, &["pread64"], 1);
+        few(side, &["madvise", "mmap", "munmap", "mprotect"], 1);
+        few(side, &["setsockopt"], 0);
+    }
 }
 
 #[test]

@@ -446,6 +446,30 @@ fn pulling_a_vm() {
     a.is_empty();
 }
 
+/// How the guest moves is said by whoever pulls, and done by the host that has it.
+#[test]
+fn pulling_with_settings() {
+    let Some(net) = hosts() else { return };
+    let (a, b) = (&net.a, &net.b);
+    policy(a, &json!({"pull": [{"peer": "host2", "vms": ["web"]}]}));
+    let pulse = a.pulse("web", "--memory 128M", "ws=64M rate=800M");
+    let pull = "pull web --from 10.77.0.1 --compress none --bandwidth 64M --json";
+    let said = b.microvm(&format!("{pull} --throttle never"));
+    assert_eq!(said.code(), 1, "{said:?}");
+    let error = &said.json()["error"];
+    assert!(error["message"].as_str().unwrap().contains("does not converge"), "{error}");
+    assert!(error["hint"].as_str().unwrap().contains("--throttle auto"), "{error}");
+    pulse.goes_on(a);
+    b.is_empty();
+    let said = b.microvm(&format!("{pull} --max-downtime 400ms --verify"));
+    assert_eq!(said.code(), 0, "{said:?}");
+    let report = said.json();
+    assert!((1..=990).contains(&report["throttle_permille"].as_u64().unwrap()), "{report}");
+    assert_eq!((&report["compression"]["mode"], &report["mode"]), (&json!("none"), &json!("pre-copy")), "{report}");
+    pulse.is_well(b);
+    a.is_empty();
+}
+
 #[test]
 fn without_trust_there_is_loopback_only() {
     let Some(net) = strangers() else { return };

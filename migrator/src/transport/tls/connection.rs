@@ -99,6 +99,7 @@ impl Connection for TlsConnection {
                 received: vec![0; READ_BYTES].into_boxed_slice(),
                 unread: 0..0,
                 ended: false,
+                limited: true,
             }),
             writer: Box::new(TlsWriter { tls, socket: writing, out: Vec::new(), broken: false }),
             closer: Arc::new(SocketCloser(self.stream)),
@@ -121,6 +122,8 @@ struct TlsReader {
     unread: std::ops::Range<usize>,
     /// The socket is at its end.
     ended: bool,
+    /// The socket may have a timeout.
+    limited: bool,
 }
 
 impl TlsReader {
@@ -169,7 +172,11 @@ impl Read for TlsReader {
             if left.is_some_and(|left| left.is_zero()) {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            self.socket.set_read_timeout(left)?;
+            // Each call counts: pages come without a limit.
+            if left.is_some() || self.limited {
+                self.socket.set_read_timeout(left)?;
+                self.limited = left.is_some();
+            }
             let count = self.socket.read(&mut self.received).map_err(timed_out)?;
             self.ended = count == 0;
             self.unread = 0..count;
