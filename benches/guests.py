@@ -52,7 +52,7 @@ class Watch:
     """The probe on a guest, from its start to the end of a run."""
 
     def __init__(self, network, directory, hertz=1000):
-        self.network, self.period_ns = network, 1_000_000_000 // hertz
+        self.network = network
         self.path = os.path.join(directory, "probe.txt")
         self.latest = None
         self.process = subprocess.Popen(

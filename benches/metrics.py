@@ -15,7 +15,7 @@ NEXT_NS = 50 * MS
 class Answer(NamedTuple):
     """One answer of the guest (probe.py)."""
 
-    sent: int
+    asked: int
     came: int
     guest_ns: int
     sweeps: int
@@ -33,18 +33,22 @@ def parse(lines):
     return answers
 
 
-def gaps(answers, begin, end):
-    """Times without an answer that overlap `begin` to `end`: (from, to), in order."""
-    return [(a.came, b.came) for a, b in zip(answers, answers[1:]) if b.came >= begin and a.came <= end]
+def silences(answers, begin, end):
+    """Times with a question and without an answer that overlap `begin` to `end`: (from, to), in order.
+
+    Each begins with the first question that had no answer, and not with the answer before it: a probe that asks late sees no
+    silence of its own making.
+    """
+    found = ((max(a.came, b.asked), b.came) for a, b in zip(answers, answers[1:]))
+    return [span for span in found if span[1] >= begin and span[0] <= end]
 
 
 def longest(spans):
     return max(spans, key=lambda span: span[1] - span[0], default=(0, 0))
 
 
-def gap_ms(span, period_ns):
-    """A gap less the time between two questions, which is there anyway."""
-    return max(0, span[1] - span[0] - period_ns) / MS
+def length_ms(span):
+    return (span[1] - span[0]) / MS
 
 
 def hidden_ms(answers, begin, end):
@@ -104,10 +108,10 @@ def curve(answers, begin, end, step_ns, before_ns, after_ns):
     return points
 
 
-def seen(answers, begin, end, period_ns, baseline_ns=500 * MS, tail_ns=300 * MS):
+def seen(answers, begin, end, baseline_ns=500 * MS, tail_ns=300 * MS):
     """All that the probe saw of a move that was asked for at `begin` and was over at `end`."""
-    during = gaps(answers, begin, end + tail_ns)
-    before = gaps(answers, begin - baseline_ns, begin)
+    during = silences(answers, begin, end + tail_ns)
+    before = silences(answers, begin - baseline_ns, begin)
     if not during or not before:
         return None
     blackout = longest(during)
@@ -121,16 +125,16 @@ def seen(answers, begin, end, period_ns, baseline_ns=500 * MS, tail_ns=300 * MS)
     hidden = hidden_ms(answers, blackout[0], blackout[1] + 5 * MS)
     hole = last.hole_ns / MS if last else 0.0
     return {
-        "network_gap_ms": gap_ms(blackout, period_ns),
-        "network_noise_ms": gap_ms(longest(before), period_ns),
+        "network_gap_ms": length_ms(blackout),
+        "network_noise_ms": length_ms(longest(before)),
         "guest_hole_ms": hole,
         "hidden_ms": hidden,
         "guest_blackout_ms": None if hidden is None else hole + max(hidden, 0.0),
         "hole_noise_ms": max(quiet, default=0) / MS,
-        "stall_ms": max((gap_ms(span, period_ns) for span in others), default=0.0),
+        "stall_ms": max((length_ms(span) for span in others), default=0.0),
         "hole_outside_ms": max(outside, default=0) / MS,
         "blackout_begins_ms": (blackout[0] - begin) / MS,
-        **work(answers, begin, end, blackout[1] - blackout[0] - period_ns, baseline_ns, tail_ns),
+        **work(answers, begin, end, blackout[1] - blackout[0], baseline_ns, tail_ns),
     }
 
 

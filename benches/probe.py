@@ -3,10 +3,11 @@
     probe.py ADDRESS HERTZ FILE
 
 Says the latest answer on standard output every 50 ms, one JSON object a line. When standard input closes it writes all answers to
-FILE and ends. An answer is a line of numbers: when its question was sent and when it came (nanoseconds of CLOCK_MONOTONIC, the
-latter as the kernel noted it), then the guest's seven words.
+FILE and ends. An answer is a line of numbers: when the first question was sent that had no answer until then, and when this answer
+came (nanoseconds of CLOCK_MONOTONIC, the latter as the kernel noted it), then the guest's seven words.
 """
 
+import collections
 import json
 import os
 import select
@@ -47,13 +48,14 @@ def ask(address, hertz, tell):
     sock.setblocking(False)
     be_punctual()
     period = 1_000_000_000 // hertz
-    answers = []
+    answers, open_questions = [], collections.deque()
     due = told = time.monotonic_ns()
     while True:
         now = time.monotonic_ns()
         if now >= due:
             try:
                 sock.sendto(struct.pack("<QQ", now, 0), (address, PORT))
+                open_questions.append(now)
             except OSError:
                 pass  # nobody there yet
             # What was missed is not made up for: a burst would measure something else.
@@ -69,7 +71,11 @@ def ask(address, hertz, tell):
             except OSError:
                 continue  # an ICMP error of a host that is not up yet
             sent, _, *words = struct.unpack("<9Q", packet)
-            answers.append((sent, arrival(ancillary), *words))
+            asked = sent
+            while open_questions and open_questions[0] <= sent:
+                # An answer to a later question is one to those before it, which were lost.
+                asked = min(asked, open_questions.popleft())
+            answers.append((asked, arrival(ancillary), *words))
         if answers and now - told >= TELL_NS:
             tell(dict(zip(WORDS, answers[-1][2:])))
             told = now

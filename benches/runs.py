@@ -118,7 +118,7 @@ class Runs:
                 "touched_bytes": guest.touched_bytes(), "nonzero_bytes": guest.nonzero_bytes(),
                 **dataclasses.asdict(move), "command_ms": (end - begin) / metrics.MS, "bytes_on_wire": wire, "stolen": stolen,
                 "first_touch_s_per_gib": first_touch, "reported_mib": reported, "used": used, "errors": errors,
-                "seen": metrics.seen(answers, begin, end, watch.period_ns) if is_there else None,
+                "seen": metrics.seen(answers, begin, end) if is_there else None,
                 "curve": metrics.curve(answers, begin, end, 10 * metrics.MS, 400 * metrics.MS, 400 * metrics.MS) if is_there else [],
             }
         finally:
@@ -134,7 +134,7 @@ class Runs:
             name = f"{case.name}-{contestant.name}-{begin}".replace(" ", "_").replace("/", "")
             os.makedirs(os.path.join(self.out, "probes"), exist_ok=True)
             with open(watch.path, "rb") as source, gzip.open(os.path.join(self.out, "probes", name + ".gz"), "wb") as file:
-                file.write(json.dumps({"begin": begin, "end": end, "period_ns": watch.period_ns}).encode() + b"\n")
+                file.write(json.dumps({"begin": begin, "end": end}).encode() + b"\n")
                 shutil.copyfileobj(source, file)
 
     def tell(self, run):

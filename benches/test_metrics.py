@@ -26,8 +26,9 @@ START = 10_000 * MS
 
 def answers(until_ms, away=(), slow=(), hidden_ms=0, pages_a_ms=10):
     """One a millisecond, 0.1 ms after its question. `away`: (from, to) without a guest; `slow`: (from, to) at half its pace."""
-    found, written, taken, last = [], 0.0, 0, 0
+    found, written, taken, last, asked = [], 0.0, 0, 0, None
     for ms in range(until_ms):
+        asked = START + ms * MS if asked is None else asked
         if any(a <= ms < b for a, b in away):
             if any(ms == b - 1 for _, b in away):
                 taken = hidden_ms
@@ -37,25 +38,27 @@ def answers(until_ms, away=(), slow=(), hidden_ms=0, pages_a_ms=10):
         last = ms
         written += pages_a_ms * (0.5 if any(a <= ms < b for a, b in slow) else 1)
         came = START + ms * MS + MS // 10
-        found.append(Answer(START + ms * MS, came, 5_000 * MS + (ms - taken) * MS, 0, int(written), 0, 0, hole * MS, 1))
+        found.append(Answer(asked, came, 5_000 * MS + (ms - taken) * MS, 0, int(written), 0, 0, hole * MS, 1))
+        asked = None
     return found
 
 
 def seen(found, begin_ms, end_ms, **more):
-    return metrics.seen(found, START + begin_ms * MS, START + end_ms * MS, MS, **more)
+    return metrics.seen(found, START + begin_ms * MS, START + end_ms * MS, **more)
 
 
 class OfAnswers(unittest.TestCase):
     def test_a_guest_that_is_never_away_shows_nothing(self):
         s = seen(answers(2000), 1000, 1200)
-        self.assertEqual((s["network_gap_ms"], s["network_noise_ms"], s["stall_ms"]), (0, 0, 0))
-        self.assertAlmostEqual(s["brownout_percent"], 0, places=6)
+        for name in ("network_gap_ms", "network_noise_ms", "stall_ms"):
+            self.assertAlmostEqual(s[name], 0.1, msg=f"{name}: the way there and back")
+        self.assertAlmostEqual(s["brownout_percent"], 0, delta=0.1)
         self.assertAlmostEqual(s["rate_pages_per_s"], 10_000, delta=1)
 
     def test_a_blackout_is_its_length_and_its_place(self):
         s = seen(answers(2000, away=[(1100, 1120)]), 1000, 1200)
-        self.assertAlmostEqual(s["network_gap_ms"], 20)
-        self.assertAlmostEqual(s["blackout_begins_ms"], 99.1, places=3)
+        self.assertAlmostEqual(s["network_gap_ms"], 20.1)
+        self.assertAlmostEqual(s["blackout_begins_ms"], 100, places=3)
         self.assertAlmostEqual(s["guest_blackout_ms"], 21)  # from its last turn to its next
         self.assertAlmostEqual(s["hidden_ms"], 0)
 
@@ -75,14 +78,26 @@ class OfAnswers(unittest.TestCase):
 
     def test_the_longest_stall_is_not_the_blackout(self):
         s = seen(answers(2000, away=[(1050, 1055), (1100, 1120)]), 1000, 1200)
-        self.assertAlmostEqual(s["network_gap_ms"], 20)
-        self.assertAlmostEqual(s["stall_ms"], 5)
+        self.assertAlmostEqual(s["network_gap_ms"], 20.1)
+        self.assertAlmostEqual(s["stall_ms"], 5.1)
         self.assertAlmostEqual(s["hole_outside_ms"], 6)
 
     def test_what_was_before_the_move_is_noise(self):
         s = seen(answers(2000, away=[(800, 809), (1100, 1120)]), 1000, 1200)
-        self.assertAlmostEqual(s["network_noise_ms"], 9)
-        self.assertAlmostEqual(s["stall_ms"], 0)
+        self.assertAlmostEqual(s["network_noise_ms"], 9.1)
+        self.assertAlmostEqual(s["stall_ms"], 0.1)
+
+    def test_a_probe_that_asks_late_makes_no_silence(self):
+        found = [answer for answer in answers(2000) if not START + 1100 * MS <= answer.asked < START + 1130 * MS]
+        self.assertAlmostEqual(seen(found, 1000, 1200)["network_gap_ms"], 0.1)
+
+    def test_questions_that_are_answered_together_waited_once(self):
+        found = answers(2000)
+        for n in range(1100, 1120):
+            found[n] = found[n]._replace(came=START + 1120 * MS + (n - 1100) * 1000)
+        s = seen(found, 1000, 1200)
+        self.assertAlmostEqual(s["network_gap_ms"], 20, delta=0.01)
+        self.assertLess(s["stall_ms"], 0.2)
 
     def test_lost_work_is_told_apart_from_the_blackout(self):
         s = seen(answers(3000, away=[(1300, 1320)], slow=[(1000, 1200)]), 1000, 1400)
@@ -108,7 +123,7 @@ class OfAnswers(unittest.TestCase):
         with open(RECORDED) as file:
             head = json.loads(file.readline())
             found = metrics.parse(file)
-        s = metrics.seen(found, head["begin"], head["end"], head["period_ns"])
+        s = metrics.seen(found, head["begin"], head["end"])
         for name, value in head["seen"].items():
             self.assertAlmostEqual(s[name], value, places=3, msg=name)
 
