@@ -139,6 +139,12 @@ pub trait GuestPages: Send + Sync {
     /// Copies pages out; `into` is as long as the run.
     fn read(&self, run: PageRun, into: &mut [u8]) -> io::Result<()>;
 
+    /// All pages of the run are about to be written, by [`GuestPages::write`]: they may be made ready together.
+    fn expect(&self, run: PageRun) -> io::Result<()> {
+        let _ = run;
+        Ok(())
+    }
+
     /// Copies pages in; `from` is as long as the run.
     fn write(&self, run: PageRun, from: &[u8]) -> io::Result<()>;
 

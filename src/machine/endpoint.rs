@@ -114,6 +114,10 @@ impl GuestPages for EndpointMemory {
         self.pages.copy_out(run.first, into)
     }
 
+    fn expect(&self, run: PageRun) -> io::Result<()> {
+        self.pages.expect(&range(run))
+    }
+
     fn write(&self, run: PageRun, from: &[u8]) -> io::Result<()> {
         self.pages.copy_in(run.first, from)
     }

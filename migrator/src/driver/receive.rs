@@ -142,6 +142,7 @@ impl Frames {
         self.unpacker.unpack(frame, &mut self.pages)?;
         let mut rest = &self.pages[..];
         for run in chunk.data_runs() {
+            memory.expect(run)?;
             let (pages, later) = rest.split_at(run.bytes() as usize);
             memory.write(run, pages)?;
             rest = later;
@@ -159,10 +160,13 @@ fn copy_pages(
     reader: &mut dyn Read,
     buffer: &mut Vec<u8>,
 ) -> io::Result<()> {
-    for run in runs.iter().flat_map(|run| pieces(*run)) {
-        buffer.resize(run.bytes() as usize, 0);
-        reader.read_exact(buffer)?;
-        memory.write(run, buffer)?;
+    for run in runs {
+        memory.expect(*run)?;
+        for piece in pieces(*run) {
+            buffer.resize(piece.bytes() as usize, 0);
+            reader.read_exact(buffer)?;
+            memory.write(piece, buffer)?;
+        }
     }
     reader.read_exact(tail)
 }

@@ -146,7 +146,6 @@ impl Pages {
     /// Overwrites the pages from `first` on with `bytes` (whole pages).
     pub fn copy_in(&self, first: u64, bytes: &[u8]) -> io::Result<()> {
         let (run, mut rest) = (first..first + bytes.len() as u64 / PAGE_BYTES, bytes);
-        self.expect(&run)?;
         for slice in self.slices(&run)? {
             let (now, later) = rest.split_at(slice.len());
             slice.copy_from(now);
@@ -214,13 +213,14 @@ impl Pages {
         Ok(())
     }
 
-    /// The pages of `run` are about to be overwritten. Where that is the whole of a huge page of which nothing was touched, it
+    /// All pages of `run` are about to be overwritten. Where that is the whole of a huge page of which nothing was touched, it
     /// may be had in one piece: one fault instead of 512, and memory that the guest's page walks get through faster.
-    fn expect(&self, run: &Range<u64>) -> io::Result<()> {
+    pub fn expect(&self, run: &Range<u64>) -> io::Result<()> {
         for slice in self.slices(run)? {
             let (start, guard) = (slice.ptr_guard().as_ptr() as usize, slice.ptr_guard_mut());
             let first = start.next_multiple_of(HUGE_PAGE_BYTES) - start;
-            for offset in (first..=slice.len().saturating_sub(HUGE_PAGE_BYTES)).step_by(HUGE_PAGE_BYTES) {
+            let whole = slice.len().saturating_sub(first) / HUGE_PAGE_BYTES;
+            for offset in (0..whole).map(|n| first + n * HUGE_PAGE_BYTES) {
                 let piece = guard.as_ptr().wrapping_byte_add(offset);
                 let mut any = false;
                 self.touched.look(piece, HUGE_PAGE_BYTES as u64 / PAGE_BYTES, |touched| any |= touched)?;
@@ -383,6 +383,42 @@ mod tests {
         assert_eq!(all[..4096], [7; 4096]);
         assert!(all[4096..][..content.len()] == content);
         assert!(all[4096 + content.len()..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn less_than_a_huge_page_asks_for_none() {
+        const HUGE: u64 = HUGE_PAGE_BYTES as u64 / PAGE_BYTES;
+        let ranges = [(GuestAddress(0), 3 * HUGE_PAGE_BYTES + HUGE_PAGE_BYTES / 2)];
+        let pages = Pages::new(GuestMemoryMmap::from_ranges(&ranges).unwrap().into(), Touched::open());
+        let slice = pages.slices(&(0..1)).unwrap().next().unwrap();
+        let (start, len) = (slice.ptr_guard().as_ptr() as usize, 4 * HUGE_PAGE_BYTES);
+        // Whether the kernel was asked for huge pages is in the flags of the mappings.
+        let asked = || {
+            let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let (mut within, mut bytes) = (0, 0);
+            for line in maps.lines() {
+                let range = line.split(' ').next().unwrap().split_once('-');
+                let ends =
+                    range.and_then(|(a, b)| usize::from_str_radix(a, 16).ok().zip(usize::from_str_radix(b, 16).ok()));
+                if let Some((from, to)) = ends {
+                    within = to.min(start + len).saturating_sub(from.max(start));
+                } else if line.starts_with("VmFlags:") && line.split_whitespace().any(|flag| flag == "hg") {
+                    bytes += within;
+                }
+            }
+            bytes
+        };
+        // Huge pages lie where the host's addresses are multiples of them.
+        let first = (start.next_multiple_of(HUGE_PAGE_BYTES) - start) as u64 / PAGE_BYTES;
+        for run in [first..first + 1, first..first + HUGE - 1, pages.count() - HUGE / 2 - 1..pages.count()] {
+            pages.expect(&run).unwrap();
+            assert_eq!(asked(), 0, "{run:?}");
+        }
+        pages.expect(&(first..first + HUGE)).unwrap();
+        // A kernel without transparent huge pages refuses the hint.
+        let most =
+            if std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() { HUGE_PAGE_BYTES } else { 0 };
+        assert_eq!(asked(), most);
     }
 
     #[test]
