@@ -72,7 +72,10 @@ impl TlsConnection {
 /// All that waits to be written.
 fn drain(tls: &mut rustls::Connection, out: &mut dyn Write) -> io::Result<()> {
     while tls.wants_write() {
-        tls.write_tls(out)?;
+        match tls.write_tls(out) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            written => _ = written?,
+        }
     }
     Ok(())
 }
