@@ -232,7 +232,7 @@ fn a_guest_that_writes_faster_than_the_link_is_slowed_down_and_arrives() {
     pulse.is_well(&net.b);
 }
 
-/// The system calls, by name, of a process and of those that it starts, from now on until `ended`.
+/// The system calls, by name, of a process and of those that it starts, while something happens.
 fn system_calls(pid: i32, meanwhile: impl FnOnce()) -> BTreeMap<String, u64> {
     let mut strace = Command::new("strace");
     let trace = Running::start({

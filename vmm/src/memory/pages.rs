@@ -33,6 +33,7 @@ enum Content {
     Untouched,
     /// It was touched, and reads as zeros.
     Zeros,
+    /// Something else.
     Other,
 }
 
@@ -125,7 +126,6 @@ impl Pages {
             // SAFETY: the vectors are `tail`, borrowed, and guest memory, which `self` keeps mapped and nobody holds references to.
             unsafe { libc::recvmsg(from.as_raw_fd(), &raw mut message, libc::MSG_WAITALL) }
         })?;
-
         for run in runs {
             self.slices(run)?.for_each(|slice| slice.bitmap().mark_dirty(0, slice.len()));
         }

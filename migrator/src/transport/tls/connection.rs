@@ -69,7 +69,7 @@ impl TlsConnection {
     }
 }
 
-/// All that waits to be written.
+/// Writes all that waits to `out`.
 fn drain(tls: &mut rustls::Connection, out: &mut dyn Write) -> io::Result<()> {
     while tls.wants_write() {
         match tls.write_tls(out) {
