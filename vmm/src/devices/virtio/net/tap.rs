@@ -21,6 +21,8 @@ const SIOCBRADDIF: libc::Ioctl = 0x89a2;
 const SIOCBRDELIF: libc::Ioctl = 0x89a3;
 /// The kernel fills in the first free number.
 const NAME_PATTERN: &str = "mvm%d";
+/// How the address of a TAP on a bridge begins.
+const RANK: [u8; 3] = [0xfe, 0xff, 0xff];
 /// `IFNAMSIZ` less the terminating zero.
 const MAX_NAME_BYTES: usize = libc::IFNAMSIZ - 1;
 
@@ -200,13 +202,14 @@ impl Tap {
     }
 
     /// Gives the TAP an address that is above any other port's. A bridge without an address of its own takes its ports' lowest: it
-    /// would change with each machine that comes or goes, and cut the host off from neighbours that know the old one.
+    /// would change with each machine that comes or goes, and cut the host off from neighbours that know the old one. Of the
+    /// kernel's random addresses one in 64 begins with fe, so the next two bytes count as well; the last three stay random.
     fn rank_last(&self, control: &OwnedFd) -> io::Result<()> {
         let mut request = request(&self.name);
         interface_ioctl(control, libc::SIOCGIFHWADDR, &mut request)?;
         // SAFETY: SIOCGIFHWADDR has filled in the address; all members of the union are plain integers.
         let mut address = unsafe { request.ifr_ifru.ifru_hwaddr };
-        address.sa_data[0] = 0xfeu8.cast_signed();
+        address.sa_data[..3].copy_from_slice(&RANK.map(u8::cast_signed));
         request.ifr_ifru.ifru_hwaddr = address;
         interface_ioctl(control, libc::SIOCSIFHWADDR, &mut request)
     }
