@@ -8,13 +8,13 @@ from network import LINKS
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A guest, a link, and how pages travel. `load` is the guest's dirty rate as a share of what the link carries."""
+    """A guest, a link, and how pages travel, by default as each contestant does. `load` is the guest's dirty rate as a share of what the link carries."""
 
     name: str
     guest: Guest = Guest()
     link: str = "loopback"
     load: float = 0.0
-    streams: int = 1
+    streams: int | None = None
     is_short: bool = False
 
     def with_rate(self, link_bytes_per_s):
@@ -42,7 +42,8 @@ def grid():
     ]
     for memory in (1024, 4096, 8192):
         for fill in (10, 50, 100):
-            cases.append(Case(f"idle, {memory // 1024} GiB, {fill} % non-zero", sized(memory, fill)))
+            is_short = (memory, fill) == (1024, 100)
+            cases.append(Case(f"idle, {memory // 1024} GiB, {fill} % non-zero", sized(memory, fill), is_short=is_short))
     cases += [Case(f"load 10 %, working set {share} %", sized(1024, 50, share), load=0.1) for share in (1, 10, 50)]
     cases += [Case(f"load {load * 100:.0f} %, 1 GiB", sized(1024), load=load) for load in (0.1, 1.0, 2.0)]
     cases += [Case(f"load 10 %, {pattern} writes", sized(1024, pattern=pattern), load=0.1) for pattern in ("seq", "sparse")]

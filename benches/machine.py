@@ -68,37 +68,64 @@ class Interference:
 
 
 class Warmth:
-    """Memory that is touched, held, and freed at the last moment before somebody else asks for as much.
+    """Memory that is touched, held, and freed just before somebody else takes it.
 
-    On a machine that is a VM itself, its hypervisor takes free memory back: whoever touches it next waits for it. What was freed last is
-    handed out first. It must be last indeed, since free huge blocks are reported to the hypervisor every two seconds; and both small and
-    huge pages, which come from different places, and a VMM may ask for either.
+    On a machine that is a VM itself, its hypervisor takes free memory back, within a tenth of a second: whoever touches it next waits for
+    it. What was freed last is handed out first. Small pages are freed all at once; they come from lists that the hypervisor does not see.
+    Huge ones are freed piece by piece, as the machine's free memory goes: there is always a little more of it than there was.
     """
 
     SAMPLE_BYTES = 16 << 20
     # If the sample takes more seconds a GiB, it was of no use: others have taken that memory, or the hypervisor has.
     MOST_AFTER = 0.5
+    PIECE_BYTES = 32 << 20
+    # So much more is free, which a destination takes in 50 ms.
+    AHEAD_BYTES = 192 << 20
 
     def __init__(self, memory_bytes):
-        self.held, self.first_touch = [], {}
-        for kind, advice in (("huge", mmap.MADV_HUGEPAGE), ("small", mmap.MADV_NOHUGEPAGE)):
-            # Where both do not fit, huge ones: small ones can be made of them.
-            if not self.held or free_bytes() > 2 * memory_bytes:
-                memory, self.first_touch[kind] = touched(memory_bytes, advice)
-                self.held.append(memory)
+        self.pieces, self.first_touch, self.feeder, self.is_over = [], {}, None, threading.Event()
+        times = []
+        for _ in range(-(-(memory_bytes + self.AHEAD_BYTES) // self.PIECE_BYTES)):
+            piece, time_taken = touched(self.PIECE_BYTES, mmap.MADV_HUGEPAGE)
+            self.pieces.append(piece)
+            times.append(time_taken)
+        self.first_touch["huge"] = sum(times) / len(times)
+        # Where both do not fit, huge ones: small ones can be made of them.
+        self.small = None
+        if free_bytes() > 2 * memory_bytes:
+            self.small, self.first_touch["small"] = touched(memory_bytes, mmap.MADV_NOHUGEPAGE)
+
+    def stop(self):
+        """Frees no more."""
+        self.is_over.set()
+        if self.feeder:
+            self.feeder.join()
 
     def drop(self):
-        """Frees it, if it was not."""
-        for memory in self.held:
+        """Frees what is left of it."""
+        self.stop()
+        for memory in filter(None, [self.small, *self.pieces]):
             memory.close()
-        self.held = []
+        self.small, self.pieces = None, []
 
     def release(self):
-        """Frees it; seconds a GiB that each kind took before, and that a sample of huge pages takes now."""
-        self.drop()
+        """Frees it from now on; seconds a GiB that each kind took before, and that a sample of huge pages takes now."""
+        if self.small:
+            self.small.close()
+            self.small = None
+        self.feeder = threading.Thread(target=self.feed, args=(free_bytes("MemFree"),))
+        self.pieces.pop().close()
         sample, self.first_touch["sample after"] = touched(self.SAMPLE_BYTES, mmap.MADV_HUGEPAGE)
         sample.close()
+        self.feeder.start()
         return self.first_touch
+
+    def feed(self, before):
+        while self.pieces and not self.is_over.is_set():
+            if free_bytes("MemFree") < before + self.AHEAD_BYTES:
+                self.pieces.pop().close()
+            else:
+                time.sleep(0.001)
 
 
 def touched(memory_bytes, advice):
@@ -111,10 +138,10 @@ def touched(memory_bytes, advice):
     return memory, (time.monotonic() - begin) / (pages * PAGE_BYTES / 2**30)
 
 
-def free_bytes():
+def free_bytes(which="MemAvailable"):
     with open("/proc/meminfo") as memory:
         fields = dict(line.split(":") for line in memory)
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return int(fields[which].split()[0]) * 1024
 
 
 def reporting():

@@ -104,6 +104,7 @@ class Runs:
             begin = time.monotonic_ns()
             move = contestant.move(LIMIT_S)
             end = time.monotonic_ns()
+            warmth.stop()
             stolen = Interference.between(stat, Interference.times())["stolen"]
             reported = reported and (int(machine.reporting()["reported_kib"]) - int(reported)) / 1024
             wire = self.network.bytes_on_wire() - wire

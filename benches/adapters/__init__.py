@@ -38,7 +38,7 @@ class Contestant:
         """Gets ready for a link: `network.set_link` was called before."""
 
     def start(self, guest, streams):
-        """Boots the guest on host 0."""
+        """Boots the guest on host 0; its pages will go over so many connections, by default as many as the contestant takes."""
         raise NotImplementedError
 
     def prepare(self):

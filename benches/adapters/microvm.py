@@ -61,7 +61,7 @@ class Microvm(Contestant):
         return done.stdout
 
     def start(self, guest, streams):
-        self.streams = ["--streams", str(streams)] if streams > 1 else []
+        self.streams = ["--streams", str(streams)] if streams else []
         self.call(0, "run", "-d", "--name", NAME, "--memory", f"{guest.memory}M", "--cpus", str(guest.cpus),
                   "--cmdline", guest.cmdline(), "--net", self.net())
 

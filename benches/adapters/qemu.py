@@ -89,12 +89,13 @@ class Qemu(Contestant):
         self.launch(0)
 
     def configure(self, monitor, is_source):
-        on = ["multifd"] if self.is_best or self.streams > 1 else []
+        channels = self.streams or (2 if self.is_best else 1)
+        on = ["multifd"] if self.is_best or channels > 1 else []
         monitor("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in on])
         parameters = {"max-bandwidth": 0} if is_source else {}
         if on:
             # Its pages have channels of their own beside the main one.
-            parameters["multifd-channels"] = max(self.streams, 2 if self.is_best else 1)
+            parameters["multifd-channels"] = channels
         if self.is_best and is_source:
             parameters["downtime-limit"] = 20
             # In 9.0 and later; elsewhere it was not there to set.
