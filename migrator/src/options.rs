@@ -27,6 +27,10 @@ impl Mode {
     }
 }
 
+/// Page streams that are taken where nobody says how many: while one waits for its peer, the other has work. One TCP connection
+/// keeps no more than a core busy on either side.
+pub const DEFAULT_STREAMS: u16 = 2;
+
 /// What was asked of the source.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -67,7 +71,7 @@ impl Default for Options {
             timeout: None,
             bandwidth: None,
             compression: Compression::default(),
-            streams: 1,
+            streams: DEFAULT_STREAMS,
             verify: false,
             throttle: true,
             convergence: Convergence::default(),

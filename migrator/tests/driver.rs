@@ -15,7 +15,7 @@ use common::*;
 use migrator::driver::request::{self, AskAnswer, Offer, Requests};
 use migrator::handle::{HandleError, Resolution};
 use migrator::handoff::{self, Answer, HandoffRecord, Step};
-use migrator::options::Timeouts;
+use migrator::options::{DEFAULT_STREAMS, Timeouts};
 use migrator::report::AnnounceReport;
 use migrator::traits::*;
 use migrator::transport::{TcpConnection, TcpDialer, accept};
@@ -658,7 +658,8 @@ fn peer_that_does_not_read() -> (SocketAddr, mpsc::Receiver<Vec<TcpStream>>) {
     let (sender, kept) = mpsc::channel();
     thread::spawn(move || {
         let mut streams = Vec::new();
-        for _ in 0..3 {
+        // A request, control, and pages.
+        for _ in 0..2 + DEFAULT_STREAMS {
             let accepted = accept(listener.accept().unwrap().0, timeouts()).unwrap();
             let role = accepted.preamble.role;
             let mut stream = accepted.welcome().unwrap().into_stream();
@@ -848,7 +849,7 @@ fn cut_after_commit(
     let description = MockSource::new(ram.clone()).description();
     let state = host.shared.clone();
     let receiver = thread::spawn(move || {
-        let offer = Offer { id, vm: description, streams: 1, verify: false, compressed: false };
+        let offer = Offer { id, vm: description, streams: DEFAULT_STREAMS, verify: false, compressed: false };
         let options = ReceiveOptions { timeouts: timeouts(), ..ReceiveOptions::default() };
         let result = migrator::receive(
             &mut vm,

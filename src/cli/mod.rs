@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use migrator::Compression;
+use migrator::options::DEFAULT_STREAMS;
 
 pub mod trust;
 
@@ -214,8 +215,8 @@ pub struct MoveArgs {
     /// Send pages no faster than this: 100M (bytes a second) or 1gbit
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub bandwidth: Option<u64>,
-    /// TCP connections over which pages go, 1 to 16: more than one helps where one does not fill the link
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    /// TCP connections over which pages go, 1 to 16: more of them help where these do not fill the link
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_STREAMS, value_parser = clap::value_parser!(u16).range(1..=16))]
     pub streams: u16,
     /// Compress pages: auto (where that is faster, as measured meanwhile), none, zstd or zstd:LEVEL (-7 to 12)
     #[arg(long, value_name = "HOW", default_value = "auto")]

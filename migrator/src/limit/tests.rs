@@ -27,7 +27,7 @@ fn judged(options: &Options, spent: Spent, change: impl FnOnce(&mut Facts<'_>)) 
 
 #[test]
 fn names_where_the_time_went() {
-    let options = Options { compression: Compression::None, ..Options::default() };
+    let options = Options { compression: Compression::None, streams: 1, ..Options::default() };
     let by = |spent| judged(&options, spent, |_| {});
     for (spent, wanted, words) in [
         (spent(|s| &mut s.link), LimitedBy::Link, "took 118 MB/s, and the senders waited for it for 100 % of the time"),
