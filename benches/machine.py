@@ -113,7 +113,7 @@ class Warmth:
         if self.small:
             self.small.close()
             self.small = None
-        self.feeder = threading.Thread(target=self.feed, args=(free_bytes("MemFree"),))
+        self.feeder = threading.Thread(target=self.feed, args=(free_bytes("MemFree"),), daemon=True)
         self.pieces.pop().close()
         sample, self.first_touch["sample after"] = touched(self.SAMPLE_BYTES, mmap.MADV_HUGEPAGE)
         sample.close()
