@@ -71,8 +71,9 @@ class Warmth:
     """Memory that is touched, held, and freed just before somebody else takes it.
 
     On a machine that is a VM itself, its hypervisor takes free memory back, within a tenth of a second: whoever touches it next waits for
-    it. What was freed last is handed out first. Small pages are freed all at once; they come from lists that the hypervisor does not see.
-    Huge ones are freed piece by piece, as the machine's free memory goes: there is always a little more of it than there was.
+    it. What was freed last is handed out first. Small pages are freed all at once, which was seen to keep them warm. Huge
+    ones, of which that is not true, are freed piece by piece, as the machine's free memory goes: there is always a little more of it than
+    there was.
     """
 
     SAMPLE_BYTES = 16 << 20

@@ -152,6 +152,27 @@ class OfProcesses(unittest.TestCase):
         self.assertEqual(machine.parse_mappings(text.splitlines()), [[2048, 30, 30], [1024, 30, 30], [1024, 40, 40]])
 
 
+class OfWarmth(unittest.TestCase):
+    def test_it_is_fed_while_free_memory_is_short_and_freed_in_the_end_whatever_happened(self):
+        class Small(machine.Warmth):
+            PIECE_BYTES, AHEAD_BYTES, SAMPLE_BYTES = 2 << 20, 0, 2 << 20
+
+        fed, never_released, stopped = (Small(4 << 20) for _ in range(3))
+        held = [memory for warmth in (fed, never_released, stopped) for memory in (warmth.small, *warmth.pieces)]
+        # As if somebody took all that is freed, and as if nobody took any.
+        fed.AHEAD_BYTES, stopped.AHEAD_BYTES = 1 << 60, -(1 << 60)
+        fed.release()
+        fed.feeder.join(10)
+        self.assertFalse(fed.feeder.is_alive() or fed.pieces)
+        stopped.release()
+        stopped.stop()
+        self.assertEqual(len(stopped.pieces), 1)
+        for warmth in (fed, never_released, stopped):
+            warmth.drop()
+        self.assertEqual(len(held), 9)
+        self.assertTrue(all(memory.closed for memory in held))
+
+
 class OfCases(unittest.TestCase):
     def test_every_name_is_its_own_and_every_guest_fits(self):
         every = cases.grid()
