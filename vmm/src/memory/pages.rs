@@ -5,7 +5,9 @@
 //! page twice and relies on the same bytes, and no reference to guest memory is ever formed.
 #![allow(unsafe_code)] // writev, recvmsg and madvise take addresses of guest memory
 
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use std::arch::x86_64::{
+    __m128i, _MM_HINT_T0, _mm_cmpeq_epi8, _mm_movemask_epi8, _mm_or_si128, _mm_prefetch, _mm_setzero_si128,
+};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -235,19 +237,25 @@ impl Pages {
     }
 }
 
-/// Whether a page reads as zeros now. Ends at the first piece that does not.
+/// Whether a page reads as zeros now. Ends at the first piece that does not. As fast as one core reads, or nearly; half as fast with
+/// words of eight bytes.
 ///
 /// # Safety
 ///
 /// A page of mapped memory begins at `page`. Others may write to it meanwhile.
 unsafe fn reads_as_zeros(page: *const u8) -> bool {
-    /// Words that are looked at together: a cache line.
+    /// Vectors that are looked at together: two cache lines.
     const PIECE: usize = 8;
-    let words = page.cast::<u64>();
-    (0..PAGE_BYTES as usize / 8).step_by(PIECE).all(|piece| {
-        // SAFETY: within the page. Volatile, because the guest may write it.
-        let word = |n| unsafe { words.add(piece + n).read_volatile() };
-        (0..PIECE).fold(0, |all, n| all | word(n)) == 0
+    const VECTORS: usize = PAGE_BYTES as usize / size_of::<__m128i>();
+    let vectors = page.cast::<__m128i>();
+    (0..VECTORS).step_by(PIECE).all(|piece| {
+        // SAFETY: within the page, which is aligned. Volatile, because the guest may write it.
+        let vector = |n| unsafe { vectors.add(piece + n).read_volatile() };
+        // SAFETY: every x86-64 has SSE2.
+        unsafe {
+            let all = (1..PIECE).fold(vector(0), |all, n| _mm_or_si128(all, vector(n)));
+            _mm_movemask_epi8(_mm_cmpeq_epi8(all, _mm_setzero_si128())) == 0xffff
+        }
     })
 }
 
