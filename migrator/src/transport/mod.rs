@@ -8,6 +8,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
+use socket2::SockRef;
 
 use crate::options::Timeouts;
 use crate::wire::preamble::{HEAD_BYTES, MAGIC, Preamble, Welcome, body_length};
@@ -282,9 +283,15 @@ impl Greeting {
     }
 }
 
-/// Socket options that every connection has: no Nagle, and the kernel's own watch for dead peers behind ours.
+/// The most that the kernel takes from us ahead of what it may send: enough for a link of 10 Gb/s for 200 µs. All beyond it
+/// would only wait there, stale and uncounted, and hide how slow the link is from whoever measures it by its writes.
+const UNSENT_BYTES: u32 = 256 << 10;
+
+/// Socket options that every connection has: no Nagle, little that waits unsent, and the kernel's own watch for dead peers behind
+/// ours.
 fn set_up(stream: &TcpStream, timeouts: Timeouts) -> io::Result<()> {
     stream.set_nodelay(true)?;
+    SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_BYTES)?;
     stream.set_nonblocking(false)?;
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, timeouts.dead_after.max(Duration::from_secs(1)))?;
