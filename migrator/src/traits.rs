@@ -128,6 +128,13 @@ pub trait GuestPages: Send + Sync {
         Ok(())
     }
 
+    /// Source, first round only: sets in `into` the bits of pages that were written since they were armed, as
+    /// [`SourceVm::collect_dirty`] would, and of all that never were. Changes nothing: they are still there to be collected. May leave
+    /// out any. Sets none where reading the log clears it.
+    fn peek_dirty(&self, _into: &mut Bitmap) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Writes all parts to a blocking socket, in order, in as few system calls as possible and without a copy of our
     /// own. Goes on after a partial write; an error is final for the stream. Must not raise SIGPIPE.
     fn send(&self, parts: &[Part<'_>], to: BorrowedFd<'_>) -> io::Result<()>;

@@ -64,6 +64,15 @@ fn layout(vm: &Vm) -> RamLayout {
     RamLayout::new(regions).expect("a VM that was built has a valid layout")
 }
 
+/// Sets the bits of all pages that are in the regions' logs.
+fn enter(ram: &RamLayout, logs: &[Vec<u64>], into: &mut Bitmap) {
+    assert_eq!(logs.len(), ram.regions().len(), "KVM's log is of the VM's regions");
+    for (index, (region, words)) in ram.regions().iter().zip(logs).enumerate() {
+        let first = ram.region_start(index).expect("it is one of its regions");
+        into.or_words(first, region.bytes / vmm::memory::PAGE_BYTES, words);
+    }
+}
+
 fn range(run: PageRun) -> Range<u64> {
     run.first..run.first + run.pages
 }
@@ -91,6 +100,12 @@ impl GuestPages for EndpointMemory {
             self.rearmer.rearm(piece.region as u32, piece.first, words).map_err(io::Error::other)?;
             done += piece.pages;
         }
+        Ok(())
+    }
+
+    fn peek_dirty(&self, into: &mut Bitmap) -> io::Result<()> {
+        let Some(logs) = self.rearmer.peek().map_err(io::Error::other)? else { return Ok(()) };
+        enter(&self.layout, &logs, into);
         Ok(())
     }
 
@@ -181,16 +196,9 @@ impl SourceVm for Source {
     }
 
     fn collect_dirty(&mut self, into: &mut Bitmap) -> Result<(), VmError> {
-        let regions = self.vm(Vm::collect_dirty)?;
+        let logs = self.vm(Vm::collect_dirty)?;
         fault_points::round();
-        for (index, words) in regions.iter().enumerate() {
-            let (Some(first), Some(region)) =
-                (self.description.ram.region_start(index), self.description.ram.regions().get(index))
-            else {
-                return Err("KVM's log has more regions than the VM".into());
-            };
-            into.or_words(first, region.bytes / vmm::memory::PAGE_BYTES, words);
-        }
+        enter(&self.description.ram, &logs, into);
         Ok(())
     }
 

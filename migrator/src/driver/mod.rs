@@ -17,6 +17,7 @@ use crate::traits::Journal;
 
 pub(crate) mod control;
 mod destination;
+mod order;
 mod pace;
 mod pack;
 pub(crate) mod receive;

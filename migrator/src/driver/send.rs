@@ -12,6 +12,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::control::lock;
 use super::guarded;
+use super::order::Order;
 use super::pace::Pacer;
 use super::pack::{BATCH_BYTES, InHand, Line, Packed, Packing, ready, wait};
 use crate::bitmap::{Bitmap, ChunkBits};
@@ -39,7 +40,7 @@ pub(super) type Sink = Arc<dyn Fn(SendEvent) + Send + Sync>;
 /// What the senders have done so far, for watchers.
 #[derive(Debug, Default)]
 pub(super) struct Sending {
-    /// Pages of the round in hand.
+    /// Pages of the round in hand, with those that are left for the next.
     pub pages: AtomicU64,
     /// Bytes of all rounds.
     pub bytes: AtomicU64,
@@ -78,6 +79,11 @@ impl Sending {
         *all = all.plus(spent);
     }
 
+    /// Bytes of pages that were sent, before they were compressed.
+    pub fn raw_bytes(&self) -> u64 {
+        lock(&self.totals).raw_bytes
+    }
+
     /// What the threads' time went into.
     pub fn spent(&self) -> Spent {
         lock(&self.totals).spent
@@ -98,37 +104,22 @@ impl Sending {
 /// One round, shared by all streams.
 struct Round {
     n: u32,
-    pages: Bitmap,
-    next_chunk: AtomicU64,
+    order: Mutex<Order>,
     /// Arm pages again before they are read.
     rearm: bool,
     /// Streams that have not closed the round, and what the others carried.
     open: Mutex<(usize, Marker)>,
 }
 
-impl Round {
-    /// The next chunk of which pages are to be sent.
-    fn next(&self, chunks: u64) -> Option<Wanted> {
-        loop {
-            let chunk = self.next_chunk.fetch_add(1, Ordering::Relaxed);
-            if chunk >= chunks {
-                return None;
-            }
-            let pages = self.pages.chunk(chunk);
-            if !pages.is_empty() {
-                return Some(Wanted { chunk, pages, armed: false });
-            }
-        }
-    }
-}
-
 /// Pages of one chunk that are to be sent.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wanted {
-    chunk: u64,
-    pages: ChunkBits,
+    /// Which.
+    pub chunk: u64,
+    /// These of its pages.
+    pub pages: ChunkBits,
     /// They were armed again already.
-    armed: bool,
+    pub armed: bool,
 }
 
 impl Wanted {
@@ -225,7 +216,8 @@ impl PageSenders {
         // Of the last round, pages need not be armed again.
         self.packing.shared.round((!rearm).then(|| pages.count() * PAGE_BYTES));
         let open = Mutex::new((self.rounds.len(), Marker { round: n, ..Marker::default() }));
-        let round = Arc::new(Round { n, pages, next_chunk: AtomicU64::new(0), rearm, open });
+        let order = Mutex::new(Order::new(pages, n == 1 && rearm));
+        let round = Arc::new(Round { n, order, rearm, open });
         for stream in &self.rounds {
             // A stream that failed has said so.
             let _ = stream.send(round.clone());
@@ -293,7 +285,6 @@ impl Stream {
             batch.bytes += packed.chunk.body_bytes();
             batch.parts.push(packed);
         };
-        let chunks = self.memory.layout().chunks();
         let mut rest = None;
         loop {
             if self.stop.load(Ordering::Relaxed) {
@@ -309,7 +300,7 @@ impl Stream {
             if batch.is_full() || rest.is_some() && !batch.parts.is_empty() {
                 self.write(&mut batch, None)?;
             } else if self.in_hand.len() < self.line.ahead
-                && let Some(wanted) = rest.take().or_else(|| round.next(chunks))
+                && let Some(wanted) = self.next(round, &mut rest)?
             {
                 if let Some(raw) = self.begin(round, wanted, &mut rest)? {
                     add(&mut batch, raw);
@@ -324,6 +315,19 @@ impl Stream {
         }
         self.write(&mut batch, Some(marker))?;
         Ok(marker)
+    }
+
+    /// What to send next: what is left of a chunk, or another one.
+    fn next(&mut self, round: &Round, rest: &mut Option<Wanted>) -> io::Result<Option<Wanted>> {
+        if rest.is_some() {
+            return Ok(rest.take());
+        }
+        let began = Instant::now();
+        let mut order = lock(&round.order);
+        let next = order.next(&*self.memory, self.sending.raw_bytes(), began);
+        self.sending.pages.fetch_add(std::mem::take(&mut order.left), Ordering::Relaxed);
+        self.spent.pages += began.elapsed();
+        next
     }
 
     /// Gives a chunk to the workers, or gets it ready to go as it is. What is left of it for another choice is put into `rest`.

@@ -106,6 +106,13 @@ impl GuestPages for MockRam {
         Ok(())
     }
 
+    fn peek_dirty(&self, into: &mut Bitmap) -> io::Result<()> {
+        if self.mode == LogMode::Manual {
+            into.or(self.lock().log.as_ref().ok_or_else(|| io::Error::other("the log is off"))?);
+        }
+        Ok(())
+    }
+
     fn send(&self, parts: &[Part<'_>], to: BorrowedFd<'_>) -> io::Result<()> {
         if self.sends_left.fetch_sub(1, Ordering::Relaxed) == 0 {
             return Err(io::Error::other("injected"));

@@ -171,6 +171,8 @@ pub struct Coverage {
     pub runs: u64,
     pub retries: u64,
     pub writes: u64,
+    /// Pages that were left for the second round.
+    pub left: u64,
     pub tried: BTreeMap<(What, Fault), u64>,
     pub outcomes: BTreeMap<String, u64>,
     /// Times that both machines were in a world of the model.
@@ -181,10 +183,11 @@ pub struct Coverage {
 
 impl Coverage {
     pub fn add(&mut self, other: Self) {
-        let Self { runs, retries, writes, tried, outcomes, compared, unseen_flips } = other;
+        let Self { runs, retries, writes, left, tried, outcomes, compared, unseen_flips } = other;
         self.runs += runs;
         self.retries += retries;
         self.writes += writes;
+        self.left += left;
         self.compared += compared;
         self.unseen_flips += unseen_flips;
         for (key, count) in tried {
@@ -202,8 +205,8 @@ impl Coverage {
     pub fn print(&self) {
         let faults: u64 = self.tried.values().sum();
         println!(
-            "{} runs, {} retries, {} writes, {faults} faults, {} comparisons with the model, {} unseen flips",
-            self.runs, self.retries, self.writes, self.compared, self.unseen_flips
+            "{} runs, {} retries, {} writes, {} pages left, {faults} faults, {} comparisons with the model, {} unseen flips",
+            self.runs, self.retries, self.writes, self.left, self.compared, self.unseen_flips
         );
         for fault in Fault::ALL {
             let counts = |count: fn(u64, u64) -> u64, first| {

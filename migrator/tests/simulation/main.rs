@@ -107,11 +107,12 @@ fn run(seed: u64, model: &Model, trace: bool) -> Coverage {
         let report = again.here.report.as_ref().expect("it is over");
         assert_eq!(report.outcome, Outcome::Completed, "the retry: {report:?}");
         let first = &report.rounds[0];
-        assert_eq!(first.pages + first.zero_pages, pages, "a retry begins with all pages");
+        assert_eq!(first.pages + first.zero_pages + again.here.left, pages, "a retry begins with all pages");
         assert_eq!(report.rounds.len() == 1, setting.mode == Mode::StopAndCopy);
         coverage.retries = 1;
         coverage.compared += again.coverage.compared;
         coverage.writes += again.coverage.writes;
+        coverage.left += again.coverage.left;
     }
     coverage
 }
@@ -168,6 +169,7 @@ fn whatever_happens_there_is_one_owner_and_no_page_is_lost() {
         for outcome in OUTCOMES {
             assert!(coverage.outcomes.contains_key(outcome), "it never came about: {outcome}");
         }
+        assert!(coverage.left > 0, "no page was left for the second round");
     }
 }
 

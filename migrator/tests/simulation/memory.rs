@@ -92,6 +92,16 @@ impl Memory {
         }
     }
 
+    /// What was written since it was armed, in a log that reading does not clear.
+    pub fn written(&self, chunk: u64) -> ChunkBits {
+        let first = (chunk * CHUNK_PAGES / 64) as usize;
+        let mut bits = ChunkBits::default();
+        if let Some(log) = self.log.as_ref().filter(|_| self.manual) {
+            bits.0.iter_mut().zip(&log[first..]).for_each(|(bits, word)| *bits = *word);
+        }
+        bits
+    }
+
     pub fn find_zero(&self, chunk: u64, wanted: &ChunkBits) -> ChunkBits {
         let mut zero = ChunkBits::default();
         for run in wanted.runs(0) {

@@ -59,6 +59,10 @@ pub struct Here {
     verify: bool,
     dirty: Bitmap,
     round: Bitmap,
+    /// Pages of this round were armed at its beginning.
+    ahead: bool,
+    /// Pages of the first round that were left for the second.
+    pub left: u64,
     sent: Vec<Marker>,
     control: Option<usize>,
     pages: Vec<usize>,
@@ -91,6 +95,8 @@ impl Here {
             image: None,
             dirty: Bitmap::new(pages),
             round: Bitmap::new(pages),
+            ahead: false,
+            left: 0,
             sent: vec![],
             control: None,
             pages: vec![],
@@ -190,6 +196,13 @@ impl World {
                 let dirty = std::mem::replace(&mut self.here.dirty, Bitmap::new(pages));
                 self.here.round = if all { Bitmap::full(pages) } else { dirty };
                 self.here.sent = vec![Marker { round: n, ..Marker::default() }; self.here.streams.into()];
+                // Some senders arm all of memory first, and leave what was written since.
+                self.here.ahead = n == 1 && !last && self.random.chance(50);
+                if self.here.ahead {
+                    for chunk in 0..self.here.memory.layout.chunks() {
+                        self.here.memory.rearm(chunk, &self.here.round.chunk(chunk));
+                    }
+                }
                 self.after(1, Event::SendPart { n, chunk: 0, last });
             }
             Action::Throttle(permille) => {
@@ -307,9 +320,15 @@ impl World {
             }
             return self.source(Input::RoundSent(sum));
         }
-        let wanted = self.here.round.chunk(chunk);
+        let mut wanted = self.here.round.chunk(chunk);
+        if self.here.ahead {
+            let left = wanted.and(&self.here.memory.written(chunk));
+            self.here.left += left.count();
+            self.coverage.left += left.count();
+            wanted = wanted.minus(&left);
+        }
         if !wanted.is_empty() {
-            if !last {
+            if !last && !self.here.ahead {
                 self.here.memory.rearm(chunk, &wanted);
             }
             let zero = self.here.memory.find_zero(chunk, &wanted);

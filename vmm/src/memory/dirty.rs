@@ -90,16 +90,10 @@ impl DirtyLog {
     /// The pages written since each was last re-armed (or since the last call, where reading the log clears it): for each
     /// region one bit a page, 64 to a word, bit 0 of word 0 the first page.
     pub fn collect(&mut self) -> Result<Vec<Vec<u64>>, MemoryError> {
-        let mut all = Vec::new();
-        for (slot, region) in (0u32..).zip(self.memory.iter()) {
-            let own = own_writes(region).get_and_reset();
-            let mut bits = self.vm.get_dirty_log(slot, region.len() as usize).map_err(|source| MemoryError::Slot {
-                operation: "KVM_GET_DIRTY_LOG",
-                slot,
-                source,
-            })?;
-            bits.iter_mut().zip(own).for_each(|(word, own)| *word |= own);
-            all.push(bits);
+        let own: Vec<_> = self.memory.iter().map(|region| own_writes(region).get_and_reset()).collect();
+        let mut all = read(&self.vm, &self.memory)?;
+        for (word, own) in all.iter_mut().flatten().zip(own.iter().flatten()) {
+            *word |= own;
         }
         Ok(all)
     }
@@ -110,7 +104,20 @@ impl DirtyLog {
     }
 }
 
-/// Watches pages again, just before they are read.
+/// KVM's log, region by region.
+fn read(vm: &VmFd, memory: &SharedMemory) -> Result<Vec<Vec<u64>>, MemoryError> {
+    let slots = (0u32..).zip(memory.iter());
+    let read = slots.map(|(slot, region)| {
+        vm.get_dirty_log(slot, region.len() as usize).map_err(|source| MemoryError::Slot {
+            operation: "KVM_GET_DIRTY_LOG",
+            slot,
+            source,
+        })
+    });
+    read.collect()
+}
+
+/// Watches pages again, before they are read, and looks at the log meanwhile.
 #[derive(Clone)]
 pub struct Rearmer {
     vm: Arc<VmFd>,
@@ -119,6 +126,12 @@ pub struct Rearmer {
 }
 
 impl Rearmer {
+    /// The pages that the guest has written since each was last re-armed, in the shape of [`DirtyLog::collect`], which will give them
+    /// again. Those that never were re-armed count as written. None where reading the log clears it.
+    pub fn peek(&self) -> Result<Option<Vec<Vec<u64>>>, MemoryError> {
+        self.manual_protect.then(|| read(&self.vm, &self.memory)).transpose()
+    }
+
     /// Clears the log of the pages whose bit is set in `bits`, of region `slot` from `first_page` on (a multiple of
     /// 64, as KVM wants it): writes from now on are logged anew. Nothing to do where reading the log has done it.
     pub fn rearm(&self, slot: u32, first_page: u64, bits: &[u64]) -> Result<(), MemoryError> {
