@@ -65,6 +65,7 @@ FIGURES = {
     "own_blackout_ms": lambda run: run["blackout_ms"],
     "predicted_ms": lambda run: run["predicted_ms"],
     "total_ms": lambda run: run["total_ms"],
+    "ready_ms": lambda run: run.get("ready_ms"),
     "wire_by_ram": share("bytes_on_wire", lambda run: run["guest"]["memory"] * MIB),
     "wire_by_nonzero": share("bytes_on_wire", lambda run: run["nonzero_bytes"]),
     "throughput_by_iperf3": lambda run: run["bytes_on_wire"] / (run["total_ms"] / 1e3) / run["iperf3_bytes_per_s"],
@@ -117,7 +118,7 @@ def overview(results):
 
 
 def details(results):
-    head = ["guest", "who", "runs", "silence, ms", "guest's blackout, ms", "own figure, ms", "total, ms", "wire ÷ RAM", "wire ÷ non-zero",
+    head = ["guest", "who", "runs", "silence, ms", "guest's blackout, ms", "own figure, ms", "total, ms", "made ready before, ms", "wire ÷ RAM", "wire ÷ non-zero",
             "÷ iperf3", "work lost, ms", "brownout, %", "longest stall outside, ms", "noise before, ms", "CPU, s", "peak beyond RAM, MiB"]
     rows = []
     for case in results.cases:
@@ -129,6 +130,7 @@ def details(results):
             marks = "" if not any(run["is_disturbed"] for run in runs) else "*"
             wrong = sum(run["errors"] or 0 for run in runs if run.get("errors"))
             cells = [with_range(results.values(case, name, figure)) for figure in ("silence_ms", "guest_blackout_ms", "own_blackout_ms", "total_ms")]
+            cells.append(number(results.median(case, name, "ready_ms")))
             cells += [number(results.median(case, name, figure), 2) for figure in ("wire_by_ram", "wire_by_nonzero", "throughput_by_iperf3")]
             cells += [number(results.median(case, name, figure)) for figure in
                       ("lost_ms", "brownout_percent", "stall_ms", "noise_ms", "cpu_s", "peak_beyond_mib")]

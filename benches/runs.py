@@ -93,7 +93,9 @@ class Runs:
             contestant.start(guest, case.streams)
             watch = Watch(self.network, directory, self.options.hertz)
             watch.wait_until_filled()
+            begin = time.monotonic_ns()
             contestant.prepare()
+            ready_ms = (time.monotonic_ns() - begin) / metrics.MS
             warmth = machine.Warmth(guest.touched_bytes() + (64 << 20))
             time.sleep(BASELINE_S)
             meter = Meter(contestant.source_pid(), contestant.destination_pid(), guest.memory * 2**20)
@@ -117,7 +119,7 @@ class Runs:
             return {
                 "guest": dataclasses.asdict(guest), "streams": case.streams, "cmdline": guest.cmdline(),
                 "touched_bytes": guest.touched_bytes(), "nonzero_bytes": guest.nonzero_bytes(),
-                **dataclasses.asdict(move), "command_ms": (end - begin) / metrics.MS, "bytes_on_wire": wire, "stolen": stolen,
+                **dataclasses.asdict(move), "ready_ms": ready_ms, "command_ms": (end - begin) / metrics.MS, "bytes_on_wire": wire, "stolen": stolen,
                 "first_touch_s_per_gib": first_touch, "reported_mib": reported, "used": used, "errors": errors,
                 "seen": metrics.seen(answers, begin, end) if is_there else None,
                 "curve": metrics.curve(answers, begin, end, 10 * metrics.MS, 400 * metrics.MS, 400 * metrics.MS) if is_there else [],

@@ -322,7 +322,12 @@ fn every_page_that_changes_is_in_the_log() {
             }
             std::thread::sleep(Duration::from_millis(30));
             vm.pause().unwrap();
+            let peeked = vm.rearmer().peek().unwrap();
             let bits = vm.collect_dirty().unwrap();
+            if let Some(peeked) = peeked.map(|bits| numbers(&bits)) {
+                // Who looks sees what the guest wrote, and takes nothing away. What the VMM wrote is in the log only.
+                assert!(!peeked.is_empty() && peeked.is_subset(&numbers(&bits)), "{pattern}: {peeked:?}");
+            }
             rearm(&vm, &bits);
             logged.extend(numbers(&bits));
             let now = copy(&vm);
