@@ -356,6 +356,102 @@ fn every_page_that_changes_is_in_the_log() {
     }
 }
 
+/// A guest that reports free pages to its balloon when it is told to, and writes to the first of them when it is told again.
+#[test]
+fn pages_that_the_guest_reports_as_free_are_zeros_and_in_the_log() {
+    const FREE: std::ops::Range<usize> = 4096..6144;
+    const DESC: u32 = 0x20_0000;
+    const AVAIL: u32 = 0x20_1000;
+    const USED: u32 = 0x20_2000;
+    const SEND: u32 = 0x20_3000;
+    const WRITE: u32 = 0x20_4000;
+    let Some(host) = host() else { return };
+    // After the entropy device and the network interface.
+    let device = (VIRTIO_MMIO_BASE + 2 * VIRTIO_MMIO_BYTES) as u32;
+    let free = (FREE.start * PAGE) as u32;
+    let status = |value: u32| (device + 0x70, value);
+    let writes = [
+        status(0),
+        status(1),
+        status(3),
+        // Reporting, version 1.
+        (device + 0x24, 0),
+        (device + 0x20, 1 << 5),
+        (device + 0x24, 1),
+        (device + 0x20, 1),
+        status(0xb),
+        // Queue 2, as Linux has it.
+        (device + 0x30, 2),
+        (device + 0x38, 64),
+        (device + 0x80, DESC),
+        (device + 0x90, AVAIL),
+        (device + 0xa0, USED),
+        (device + 0x44, 1),
+        status(0xf),
+        // One range, device-writable.
+        (DESC, free),
+        (DESC + 8, (FREE.len() * PAGE) as u32),
+        (DESC + 12, 2),
+    ];
+    // mov esi, table; again: mov edi, [esi]; mov eax, [esi + 4]; mov [edi], eax; add esi, 8; cmp esi, end; jb again
+    let table = (1 << 20) + 0x200;
+    let mut code = vec![0xbe];
+    code.extend(u32::to_le_bytes(table));
+    code.extend([0x8b, 0x3e, 0x8b, 0x46, 0x04, 0x89, 0x07, 0x83, 0xc6, 0x08, 0x81, 0xfe]);
+    code.extend((table + 8 * writes.len() as u32).to_le_bytes());
+    code.extend([0x72, 0xee]);
+    // wait: cmp dword [flag], 0; je wait; mov dword [address], value.
+    for (flag, address, value) in [(SEND, AVAIL, 1 << 16), (SEND, device + 0x50, 2), (WRITE, free, 0x1234_5678)] {
+        code.extend([0x83, 0x3d]);
+        code.extend(flag.to_le_bytes());
+        code.extend([0, 0x74, 0xf7, 0xc7, 0x05]);
+        code.extend([address, value].map(u32::to_le_bytes).concat());
+    }
+    // hlt; jmp to it
+    code.extend([0xf4, 0xeb, 0xfd]);
+    code.resize(0x200, 0);
+    code.extend(writes.iter().flat_map(|(address, value)| [*address, *value]).flat_map(u32::to_le_bytes));
+
+    let Machine { mut vm, .. } = build(&host, 1);
+    vm.load_kernel(&kernel(&code), None, "").unwrap();
+    let around = FREE.start - 1..FREE.end + 1;
+    vm.pages().copy_in(around.start as u64, &vec![0xa5; around.len() * PAGE]).unwrap();
+    vm.resume();
+    let word = |vm: &Vm, at: u32| {
+        let mut page = [0; PAGE];
+        vm.pages().copy_out(u64::from(at) / PAGE as u64, &mut page).unwrap();
+        u32::from_le_bytes(page[..4].try_into().unwrap())
+    };
+    wait("the report is made", || (word(&vm, DESC) == free).then_some(()));
+    vm.pause().unwrap();
+    vm.start_dirty_log().unwrap();
+    let all = vm.collect_dirty().unwrap();
+    vm.rearmer().rearm(0, 0, &all[0]).unwrap();
+    let mut copied = copy(&vm);
+    assert!(copied[free as usize..].iter().take(PAGE).all(|byte| *byte == 0xa5));
+    for (flag, done, least, most) in
+        [(SEND, (USED, 1 << 16), FREE.len(), FREE.len() + 16), (WRITE, (free, 0x1234_5678), 1, 16)]
+    {
+        vm.pages().copy_in(u64::from(flag) / PAGE as u64, &[1; PAGE]).unwrap();
+        vm.resume();
+        wait("the guest has done what it was told", || (word(&vm, done.0) == done.1).then_some(()));
+        vm.pause().unwrap();
+        let bits = vm.collect_dirty().unwrap();
+        vm.rearmer().rearm(0, 0, &bits[0]).unwrap();
+        let (logged, now) = (numbers(&bits), copy(&vm));
+        for page in &logged {
+            copied[page * PAGE..][..PAGE].copy_from_slice(&now[page * PAGE..][..PAGE]);
+        }
+        assert!(copied == now, "a copy that follows the log is what the guest has");
+        assert!(logged.contains(&FREE.start) && !logged.contains(&around.start) && !logged.contains(&FREE.end));
+        assert!((least..=most).contains(&logged.len()), "{} pages logged", logged.len());
+    }
+    let (written, zeros) = copied[free as usize..][..FREE.len() * PAGE].split_at(4);
+    assert_eq!(written, 0x1234_5678_u32.to_le_bytes());
+    assert!(zeros.iter().all(|byte| *byte == 0));
+    assert!([around.start, FREE.end].iter().all(|page| copied[page * PAGE..][..PAGE] == [0xa5; PAGE]));
+}
+
 /// A kernel of nothing but `code`: 32-bit, at 1 MiB, entered by its PVH note; the last KiB of its page is zeros.
 fn kernel(code: &[u8]) -> Vec<u8> {
     const LOAD: u64 = 1 << 20;

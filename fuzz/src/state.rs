@@ -7,16 +7,17 @@ use vmm::devices::serial::SerialPort;
 use vmm::snapshot::{Section, decode_devices, kind};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::virtio::{Device, Guest, guest_memory};
+use super::virtio::{Device, Guest, Kind, guest_memory};
 
-/// Of a VM with one vCPU, an entropy device and a network device.
-const GOLDEN: [(u16, u16, &[u8]); 6] = [
+/// Of a VM with one vCPU, an entropy device, a network device and a balloon.
+const GOLDEN: [(u16, u16, &[u8]); 7] = [
     (kind::MACHINE, 0, include_bytes!("../../tests/golden/state-v1/1-0")),
     (kind::VCPU, 0, include_bytes!("../../tests/golden/state-v1/2-0")),
     (kind::SERIAL, 0, include_bytes!("../../tests/golden/state-v1/3-0")),
     (kind::POWER, 0, include_bytes!("../../tests/golden/state-v1/4-0")),
     (kind::VIRTIO, 0, include_bytes!("../../tests/golden/state-v1/5-0")),
     (kind::VIRTIO, 1, include_bytes!("../../tests/golden/state-v1/5-1")),
+    (kind::VIRTIO, 2, include_bytes!("../../tests/golden/state-v1/5-2")),
 ];
 
 pub fn run(data: &[u8]) {
@@ -30,7 +31,7 @@ pub fn run(data: &[u8]) {
             }
         }
     }
-    let Ok((serial, power, virtio)) = decode_devices(sections, 1, 2) else { return };
+    let Ok((serial, power, virtio)) = decode_devices(sections, 1, 3) else { return };
 
     let line = || EventFd::new(EFD_NONBLOCK).unwrap();
     let mut port = SerialPort::new(line(), Box::new(std::io::sink()));
@@ -45,8 +46,8 @@ pub fn run(data: &[u8]) {
     }
     let memory = guest_memory();
     memory.write_slice(&rest[..rest.len().min(0x6000)], GuestAddress(0x1000)).unwrap();
-    for (state, is_net) in virtio.iter().zip([false, true]) {
-        let mut device = Device::new(is_net, &memory);
+    for (state, kind) in virtio.iter().zip([Kind::Rng, Kind::Net, Kind::Balloon]) {
+        let mut device = Device::new(kind, &memory);
         if device.transport.restore(state).is_ok() {
             Guest::new(device, memory.clone()).use_all();
         }

@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm::devices::bus::BusDevice;
 use vmm::devices::io_thread::{EventHandler, Turn, Wake};
 use vmm::devices::virtio::net::{Backend, MAX_FRAME_BYTES};
-use vmm::devices::virtio::{MacAddress, MmioTransport, Net, NetConfig, Rng, SharedDevice};
+use vmm::devices::virtio::{Balloon, MacAddress, MmioTransport, Net, NetConfig, Rng, SharedDevice};
 use vmm::memory::{GuestMemoryMmap, PAGE_BYTES, SharedMemory};
 
 /// Small, so that it can be compared after each step; two regions that touch, so that buffers cross their border.
@@ -23,7 +23,8 @@ pub fn run(data: &[u8]) {
     let mut u = Unstructured::new(data);
     let Ok(kind) = u.arbitrary::<u8>() else { return };
     let memory = guest_memory();
-    let mut guest = Guest::new(Device::new(kind & 1 == 0, &memory), memory);
+    let kind = if kind & 1 == 0 { Kind::Net } else { [Kind::Rng, Kind::Balloon][usize::from(kind >> 7)] };
+    let mut guest = Guest::new(Device::new(kind, &memory), memory);
     // Its end is the end of the input.
     while guest.step(&mut u).is_ok() {}
     guest.migrate();
@@ -62,25 +63,36 @@ impl Backend for Socket {
     }
 }
 
+/// What a device is.
+#[derive(Clone, Copy)]
+pub enum Kind {
+    Rng,
+    Net,
+    Balloon,
+}
+
 /// A device behind its transport, what the I/O thread calls, and for a network device the other end of its wire.
 pub struct Device {
+    kind: Kind,
     pub transport: MmioTransport,
     handler: Box<dyn EventHandler>,
     net: Option<(SharedDevice<Net>, OwnedFd)>,
 }
 
 impl Device {
-    pub fn new(is_net: bool, memory: &SharedMemory) -> Self {
-        let (transport, net) = if is_net {
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let (wire, backend) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-            let config = NetConfig { mac: MAC, addresses: Vec::new() };
-            let (transport, net) = MmioTransport::new(memory.clone(), Net::new(config, Socket(backend))).unwrap();
-            (transport, Some((net, wire)))
-        } else {
-            (MmioTransport::new(memory.clone(), Rng::new()).unwrap().0, None)
+    pub fn new(kind: Kind, memory: &SharedMemory) -> Self {
+        let (transport, net) = match kind {
+            Kind::Net => {
+                let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+                let (wire, backend) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+                let config = NetConfig { mac: MAC, addresses: Vec::new() };
+                let (transport, net) = MmioTransport::new(memory.clone(), Net::new(config, Socket(backend))).unwrap();
+                (transport, Some((net, wire)))
+            }
+            Kind::Rng => (MmioTransport::new(memory.clone(), Rng::new()).unwrap().0, None),
+            Kind::Balloon => (MmioTransport::new(memory.clone(), Balloon::new()).unwrap().0, None),
         };
-        Self { handler: transport.handler(), transport, net }
+        Self { kind, handler: transport.handler(), transport, net }
     }
 
     /// Has the device work until it has nothing more to do, or long enough: it may write into its own rings.
@@ -277,7 +289,7 @@ impl Guest {
         let state = self.device.transport.save();
         let bytes = postcard::to_stdvec(&state).unwrap();
         let state = postcard::from_bytes(&bytes).unwrap();
-        let mut other = Device::new(self.device.net.is_some(), &self.memory);
+        let mut other = Device::new(self.device.kind, &self.memory);
         other.transport.restore(&state).expect("what was saved can be taken over");
         assert_eq!(other.transport.save(), state);
         self.device = other;

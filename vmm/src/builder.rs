@@ -22,7 +22,7 @@ use crate::devices::power::{GuestEvents, PanicDevice, PowerDevice, ResetPort};
 use crate::devices::serial::{ConsoleOutput, SERIAL_PORTS, SerialPort};
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::net::Backend;
-use crate::devices::virtio::{MmioTransport, Net, Rng, SharedDevice};
+use crate::devices::virtio::{Balloon, MmioTransport, Net, Rng, SharedDevice};
 use crate::host::Host;
 use crate::memory::dirty::DirtyLog;
 use crate::memory::{self, MemoryError, SharedMemory};
@@ -163,6 +163,8 @@ impl Vm {
         }
         let nets = config.nics.iter().zip(nets).map(|(nic, backend)| slots.plug(Net::new(nic.clone(), backend)));
         let nets = nets.collect::<Result<Vec<_>, _>>()?;
+        // Last, so that the interfaces' slots do not depend on it.
+        slots.plug(Balloon::new())?;
         let virtio = slots.transports;
 
         let exits = Exits { ports: Arc::new(ports), mmio: Arc::new(mmio), events };

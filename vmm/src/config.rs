@@ -5,8 +5,8 @@ use crate::devices::virtio::{MacAddress, NetConfig};
 
 /// The most vCPUs of a VM: local APIC ids without x2APIC end at 254; far fewer are "small".
 pub const MAX_CPUS: u8 = 64;
-/// The most network interfaces: one virtio slot is the random-number generator's.
-pub const MAX_NICS: usize = MAX_VIRTIO_DEVICES - 1;
+/// The most network interfaces: one virtio slot is the random-number generator's, one the balloon's.
+pub const MAX_NICS: usize = MAX_VIRTIO_DEVICES - 2;
 
 /// The most addresses that are told of one network interface. All of them are announced after a migration, several times.
 pub const MAX_ADDRESSES: usize = 64;
@@ -92,7 +92,7 @@ mod tests {
         assert_eq!(with(|c| c.memory_bytes = 0), ConfigError::Memory(0));
         assert_eq!(with(|c| c.memory_bytes += 4096), ConfigError::Memory((256 << 20) + 4096));
         assert_eq!(with(|c| c.memory_bytes = 1 << 40), ConfigError::Memory(1 << 40));
-        assert_eq!(with(|c| c.nics = vec![c.nics[0].clone(); 8]), ConfigError::Nics(8));
+        assert_eq!(with(|c| c.nics = vec![c.nics[0].clone(); 7]), ConfigError::Nics(7));
         assert_eq!(
             with(|c| c.nics[1].addresses = vec![[10, 0, 0, 1].into(); MAX_ADDRESSES + 1]),
             ConfigError::Addresses(65, 1)

@@ -389,14 +389,14 @@ mod tests {
         assert_eq!(kinds.into_iter().collect::<Vec<_>>(), [1, 2, 3, 4, 5], "each kind has a file");
     }
 
-    /// `tests/golden/state-v1`: a machine with one vCPU, an entropy device and a network device.
+    /// `tests/golden/state-v1`: a machine with one vCPU, an entropy device, a network device and a balloon.
     fn golden() -> Vec<Section> {
         let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/state-v1");
         let read = |(kind, instance)| {
             let bytes = std::fs::read(dir.join(format!("{kind}-{instance}"))).unwrap();
             Section { kind, instance, version: 1, bytes }
         };
-        [(1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (5, 1)].map(read).into()
+        [(1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (5, 1), (5, 2)].map(read).into()
     }
 
     #[test]
@@ -406,7 +406,7 @@ mod tests {
             let mut vcpu = Sections::new(golden()).unwrap().take(kind::VCPU, 0).unwrap();
             change(&mut vcpu);
             sections[1] = section(kind::VCPU, 0, &vcpu);
-            Decoded::new(sections, 1, 2).map(drop)
+            Decoded::new(sections, 1, 3).map(drop)
         };
         decode(|vcpu| vcpu.msrs.resize(256, Default::default())).unwrap();
         decode(|vcpu| vcpu.cpuid.resize(256, Default::default())).unwrap();
@@ -422,7 +422,7 @@ mod tests {
         assert_eq!(sections[0].bytes[..2], [0x88, 4]);
         sections[0].bytes[0] -= 1;
         sections[0].bytes.remove(2);
-        assert!(matches!(Decoded::new(sections, 1, 2), Err(SnapshotError::Damaged { kind: 1, .. })));
+        assert!(matches!(Decoded::new(sections, 1, 3), Err(SnapshotError::Damaged { kind: 1, .. })));
     }
 
     #[test]
@@ -430,15 +430,15 @@ mod tests {
         let decode = |change: fn(&mut Vec<Section>)| {
             let mut sections = golden();
             change(&mut sections);
-            Decoded::new(sections, 1, 2).map(drop)
+            Decoded::new(sections, 1, 3).map(drop)
         };
         decode(|_| {}).unwrap();
         decode(|sections| sections.reverse()).unwrap();
-        assert!(matches!(decode(|s| drop(s.remove(5))), Err(SnapshotError::Missing { kind: 5, instance: 1 })));
+        assert!(matches!(decode(|s| drop(s.remove(6))), Err(SnapshotError::Missing { kind: 5, instance: 2 })));
         assert!(matches!(decode(|s| s.push(s[0].clone())), Err(SnapshotError::Twice { kind: 1, instance: 0 })));
         assert!(matches!(decode(|s| s[0].version = 2), Err(SnapshotError::Version { kind: 1, version: 2 })));
-        let more = |s: &mut Vec<Section>| s.push(Section { instance: 2, ..s[5].clone() });
-        assert!(matches!(decode(more), Err(SnapshotError::Unknown { kind: 5, instance: 2 })));
+        let more = |s: &mut Vec<Section>| s.push(Section { instance: 3, ..s[6].clone() });
+        assert!(matches!(decode(more), Err(SnapshotError::Unknown { kind: 5, instance: 3 })));
     }
 
     #[test]

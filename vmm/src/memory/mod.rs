@@ -8,6 +8,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use crate::arch::layout;
 
 pub mod dirty;
+pub mod discard;
 pub mod pages;
 
 /// Guest memory with a bitmap that every write of the VMM's own through `vm_memory` marks (the guest's writes are in KVM's log).

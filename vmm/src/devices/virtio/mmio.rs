@@ -373,7 +373,7 @@ fn set_high(register: &mut u64, value: u32) {
 }
 
 /// Registers take aligned 32-bit accesses, the configuration space takes all (4.2.2.2); everything else reads as zeros and
-/// writes nothing. The devices that we have know no configuration that a driver writes.
+/// writes nothing. The devices that we have use no configuration that a driver writes (a balloon's driver writes its size).
 impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);

@@ -105,12 +105,12 @@ impl Ring {
     }
 }
 
-/// A driver and the device that it drives.
-pub struct Driver<D: ?Sized> {
+/// A driver and the device that it drives. `G` is how the guest sees its memory.
+pub struct Driver<D: ?Sized, G = GuestView> {
     pub transport: MmioTransport,
     pub device: SharedDevice<D>,
     pub memory: SharedMemory,
-    pub guest: GuestView,
+    pub guest: G,
     pub rings: Vec<Ring>,
 }
 
@@ -119,8 +119,10 @@ impl<D: VirtioDevice + 'static> Driver<D> {
         let (memory, guest) = memory();
         Self::with_memory(device, memory, guest)
     }
+}
 
-    pub fn with_memory(device: D, memory: SharedMemory, guest: GuestView) -> Self {
+impl<D: VirtioDevice + 'static, G: Bytes<GuestAddress, E: std::fmt::Debug>> Driver<D, G> {
+    pub fn with_memory(device: D, memory: SharedMemory, guest: G) -> Self {
         let sizes = device.queue_sizes();
         let (transport, device) = MmioTransport::new(memory.clone(), device).unwrap();
         let rings = sizes.iter().enumerate().map(|(index, size)| Ring::at(index, *size)).collect();

@@ -1,5 +1,6 @@
 //! Tests of the devices through their registers and rings, with a driver of our own on the other side. No KVM, no TAP, no root.
 
+mod balloon;
 mod dirty;
 mod driver;
 mod hostile;
