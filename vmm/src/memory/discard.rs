@@ -44,6 +44,7 @@ pub fn pages(memory: &GuestMemoryMmap, start: GuestAddress, bytes: u64) -> io::R
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use vm_memory::Bytes;
 
@@ -97,6 +98,40 @@ mod tests {
         for (page, bytes) in content.chunks(PAGE_BYTES as usize).enumerate() {
             let wanted = if (2..5).contains(&page) { 0 } else { 0xa5 };
             assert!(bytes.iter().all(|byte| *byte == wanted), "page {page}");
+        }
+    }
+
+    /// As a migration does, while pages are given back: whoever copies what the bitmap names ends with what is there.
+    #[test]
+    fn a_copy_that_follows_the_bitmap_is_right_in_the_end() {
+        let bytes = (PAGES * PAGE_BYTES) as usize;
+        for round in 1..=1000_u32 {
+            let memory = memory();
+            let (mut copied, over) = (vec![0xa5; bytes], AtomicBool::new(false));
+            std::thread::scope(|scope| {
+                let follower = scope.spawn(|| {
+                    while !over.load(Ordering::Acquire) {
+                        follow(&memory, &mut copied);
+                    }
+                });
+                for page in 0..PAGES {
+                    pages(&memory, GuestAddress(page * PAGE_BYTES), PAGE_BYTES).unwrap();
+                }
+                over.store(true, Ordering::Release);
+                follower.join().unwrap();
+            });
+            follow(&memory, &mut copied);
+            assert!(copied.iter().all(|byte| *byte == 0), "round {round}");
+        }
+    }
+
+    /// Copies the pages of the first region that are marked, and clears their marks before.
+    fn follow(memory: &GuestMemoryMmap, copied: &mut [u8]) {
+        let marked = bitmaps(memory)[0];
+        for (page, copy) in
+            copied.chunks_mut(PAGE_BYTES as usize).enumerate().filter(|(page, _)| marked >> page & 1 == 1)
+        {
+            memory.read_slice(copy, GuestAddress(page as u64 * PAGE_BYTES)).unwrap();
         }
     }
 
