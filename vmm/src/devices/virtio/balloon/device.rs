@@ -2,7 +2,8 @@
 //!
 //! A report is a chain of device-writable buffers: the free ranges themselves. The driver keeps its hands off them until it has the
 //! chain back. A long report takes several turns; it stays in the available ring meanwhile, and how far it is done is remembered only
-//! to save work: begun again, after a restore, it ends in the same way.
+//! to save work: begun again, after a restore, it ends in the same way. Each turn reads the descriptors anew and checks them anew: a
+//! driver that changes them meanwhile loses other pages of its own, or keeps some.
 //!
 //! Which queue has the reports depends on the driver. By the specification it is queue 4 (virtio 1.2, 5.5.2); Linux leaves out the
 //! queues of features that were not negotiated, here those for statistics and for hints, and has them in queue 2. So all
