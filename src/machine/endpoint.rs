@@ -65,12 +65,14 @@ fn layout(vm: &Vm) -> RamLayout {
 }
 
 /// Sets the bits of all pages that are in the regions' logs.
-fn enter(ram: &RamLayout, logs: &[Vec<u64>], into: &mut Bitmap) {
-    assert_eq!(logs.len(), ram.regions().len(), "KVM's log is of the VM's regions");
-    for (index, (region, words)) in ram.regions().iter().zip(logs).enumerate() {
-        let first = ram.region_start(index).expect("it is one of its regions");
+fn enter(ram: &RamLayout, logs: &[Vec<u64>], into: &mut Bitmap) -> io::Result<()> {
+    for (index, words) in logs.iter().enumerate() {
+        let (Some(first), Some(region)) = (ram.region_start(index), ram.regions().get(index)) else {
+            return Err(io::Error::other("KVM's log has more regions than the VM"));
+        };
         into.or_words(first, region.bytes / vmm::memory::PAGE_BYTES, words);
     }
+    Ok(())
 }
 
 fn range(run: PageRun) -> Range<u64> {
@@ -105,8 +107,7 @@ impl GuestPages for EndpointMemory {
 
     fn peek_dirty(&self, into: &mut Bitmap) -> io::Result<()> {
         let Some(logs) = self.rearmer.peek().map_err(io::Error::other)? else { return Ok(()) };
-        enter(&self.layout, &logs, into);
-        Ok(())
+        enter(&self.layout, &logs, into)
     }
 
     fn send(&self, parts: &[Part<'_>], to: BorrowedFd<'_>) -> io::Result<()> {
@@ -198,8 +199,7 @@ impl SourceVm for Source {
     fn collect_dirty(&mut self, into: &mut Bitmap) -> Result<(), VmError> {
         let logs = self.vm(Vm::collect_dirty)?;
         fault_points::round();
-        enter(&self.description.ram, &logs, into);
-        Ok(())
+        Ok(enter(&self.description.ram, &logs, into)?)
     }
 
     fn stop_dirty_log(&mut self) {

@@ -237,8 +237,8 @@ impl Pages {
     }
 }
 
-/// Whether a page reads as zeros now. Ends at the first piece that does not. As fast as one core reads, or nearly; half as fast with
-/// words of eight bytes.
+/// Whether a page reads as zeros now. Ends at the first piece that does not. Nearly as fast as one core reads, which words of eight bytes
+/// are not.
 ///
 /// # Safety
 ///

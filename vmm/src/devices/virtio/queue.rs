@@ -15,6 +15,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::interrupt::Interrupt;
+use crate::devices::io_thread::Turn;
 use crate::memory::GuestMemoryMmap;
 
 /// What the driver wrote into the queue registers: nothing of it is checked before the queue is made.
@@ -207,6 +208,39 @@ impl VirtQueue {
             interrupt.used_buffers();
         }
         Ok(())
+    }
+
+    /// One turn of a device that takes one chain after the other: hands at most `most` of them to `serve`, which says how many bytes
+    /// it wrote into a chain, or none if it is not done with it: that one stays available, and is the first of the next turn.
+    pub fn serve<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+        interrupt: &Interrupt,
+        most: usize,
+        mut serve: impl FnMut(DescriptorChain<&'m GuestMemoryMmap>) -> Option<u32>,
+    ) -> Result<Turn, QueueError> {
+        if !self.ready() {
+            return Ok(Turn::Idle);
+        }
+        self.disable_notification(memory)?;
+        let mut turn = Turn::More;
+        for _ in 0..most {
+            let Some(chain) = self.pop(memory)? else {
+                if self.enable_notification(memory)? {
+                    continue;
+                }
+                turn = Turn::Idle;
+                break;
+            };
+            let head = chain.head_index();
+            let Some(len) = serve(chain) else {
+                self.unpop(1);
+                break;
+            };
+            self.publish(memory, &[Used { head, len }])?;
+        }
+        self.signal(memory, interrupt)?;
+        Ok(turn)
     }
 
     /// Asks the driver to notify us of further buffers; true when there are some already.

@@ -19,7 +19,7 @@ use vm_memory::GuestAddress;
 use super::state::{BALLOON_STATE_VERSION, BalloonState};
 use crate::devices::io_thread::Turn;
 use crate::devices::virtio::device::{Context, DeviceError, DeviceStateError, SavedDevice, VirtioDevice, Work};
-use crate::devices::virtio::queue::{QueueError, Used};
+use crate::devices::virtio::queue::QueueError;
 use crate::memory::{GuestMemoryMmap, PAGE_BYTES, discard};
 
 /// `VIRTIO_BALLOON_F_REPORTING`, as a bit.
@@ -53,32 +53,12 @@ impl Balloon {
 
     fn serve(&mut self, index: usize, context: &mut Context<'_>) -> Result<Turn, QueueError> {
         let memory = context.memory;
-        let queue = &mut context.queues[index];
-        if !queue.ready() {
-            return Ok(Turn::Idle);
-        }
         // A driver that inflates without having been asked to gets its buffers back, and no more.
         let reports = index >= FIRST_REPORTS && context.features & REPORTING != 0;
-        queue.disable_notification(memory)?;
-        let mut turn = Turn::More;
         let mut left = BYTES_PER_TURN;
-        for _ in 0..CHAINS_PER_TURN {
-            let Some(chain) = queue.pop(memory)? else {
-                if queue.enable_notification(memory)? {
-                    continue;
-                }
-                turn = Turn::Idle;
-                break;
-            };
-            let head = chain.head_index();
-            if reports && !self.take(index, chain, memory, &mut left) {
-                queue.unpop(1);
-                break;
-            }
-            queue.publish(memory, &[Used { head, len: 0 }])?;
-        }
-        queue.signal(memory, context.interrupt)?;
-        Ok(turn)
+        context.queues[index].serve(memory, context.interrupt, CHAINS_PER_TURN, |chain| {
+            (!reports || self.take(index, chain, memory, &mut left)).then_some(0)
+        })
     }
 
     /// Gives back at most `left` bytes of what `chain` reports, and says whether that was the last of it. A chain that does not end

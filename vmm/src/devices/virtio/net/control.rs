@@ -11,7 +11,7 @@ use super::device::{CONTROL, Net};
 use crate::devices::io_thread::Turn;
 use crate::devices::virtio::device::{Context, DeviceError};
 use crate::devices::virtio::iovec::{MAX_SLICES, Slice, copy_out};
-use crate::devices::virtio::queue::{QueueError, Used};
+use crate::devices::virtio::queue::QueueError;
 use crate::memory::GuestMemoryMmap;
 
 const COMMANDS_PER_TURN: usize = 4;
@@ -23,39 +23,20 @@ impl Net {
     }
 
     fn serve_control(&mut self, context: &mut Context<'_>) -> Result<Turn, QueueError> {
-        let memory = context.memory;
-        let queue = &mut context.queues[CONTROL];
-        if !queue.ready() {
-            return Ok(Turn::Idle);
-        }
-        queue.disable_notification(memory)?;
-        let mut turn = Turn::More;
-        for _ in 0..COMMANDS_PER_TURN {
-            let Some(chain) = queue.pop(memory)? else {
-                if queue.enable_notification(memory)? {
-                    continue;
+        let (memory, interrupt) = (context.memory, context.interrupt);
+        context.queues[CONTROL].serve(memory, interrupt, COMMANDS_PER_TURN, |chain| {
+            let Some((command, answer)) = split(memory, chain) else { return Some(0) };
+            let result = if command == [VIRTIO_NET_CTRL_ANNOUNCE as u8, VIRTIO_NET_CTRL_ANNOUNCE_ACK as u8] {
+                if std::mem::take(&mut self.announce) {
+                    interrupt.config_changed_silently();
                 }
-                turn = Turn::Idle;
-                break;
+                VIRTIO_NET_OK
+            } else {
+                debug!(?command, "a control command that was not offered");
+                VIRTIO_NET_ERR
             };
-            let head = chain.head_index();
-            let mut len = 0;
-            if let Some((command, answer)) = split(memory, chain) {
-                let result = if command == [VIRTIO_NET_CTRL_ANNOUNCE as u8, VIRTIO_NET_CTRL_ANNOUNCE_ACK as u8] {
-                    if std::mem::take(&mut self.announce) {
-                        context.interrupt.config_changed_silently();
-                    }
-                    VIRTIO_NET_OK
-                } else {
-                    debug!(?command, "a control command that was not offered");
-                    VIRTIO_NET_ERR
-                };
-                len = answer.write(&[result as u8], 0).unwrap_or(0) as u32;
-            }
-            queue.publish(memory, &[Used { head, len }])?;
-        }
-        queue.signal(memory, context.interrupt)?;
-        Ok(turn)
+            Some(answer.write(&[result as u8], 0).unwrap_or(0) as u32)
+        })
     }
 }
 

@@ -8,7 +8,7 @@ use super::state::{RNG_STATE_VERSION, RngState};
 use crate::devices::io_thread::Turn;
 use crate::devices::virtio::device::{Context, DeviceError, DeviceStateError, SavedDevice, VirtioDevice, Work};
 use crate::devices::virtio::iovec::collect;
-use crate::devices::virtio::queue::{QueueError, Used};
+use crate::devices::virtio::queue::QueueError;
 
 const QUEUE: usize = 0;
 const QUEUE_SIZES: &[u16] = &[64];
@@ -31,22 +31,8 @@ impl Rng {
 
     fn serve(&mut self, context: &mut Context<'_>) -> Result<Turn, QueueError> {
         let memory = context.memory;
-        let queue = &mut context.queues[QUEUE];
-        if !queue.ready() {
-            return Ok(Turn::Idle);
-        }
-        queue.disable_notification(memory)?;
-        let mut turn = Turn::More;
         let mut slices = Vec::new();
-        for _ in 0..REQUESTS_PER_TURN {
-            let Some(chain) = queue.pop(memory)? else {
-                if queue.enable_notification(memory)? {
-                    continue;
-                }
-                turn = Turn::Idle;
-                break;
-            };
-            let head = chain.head_index();
+        context.queues[QUEUE].serve(memory, context.interrupt, REQUESTS_PER_TURN, |chain| {
             slices.clear();
             let mut len = 0;
             match collect(memory, chain, true, &mut slices) {
@@ -67,10 +53,8 @@ impl Rng {
                 }
                 Err(error) => debug!(%error, "virtio-rng: a request is refused"),
             }
-            queue.publish(memory, &[Used { head, len: len as u32 }])?;
-        }
-        queue.signal(memory, context.interrupt)?;
-        Ok(turn)
+            Some(len as u32)
+        })
     }
 }
 
