@@ -102,7 +102,7 @@ pub struct RoundReport {
 pub struct CompressionReport {
     /// As it was asked for: `auto`, `none` or `zstd:LEVEL`.
     pub mode: String,
-    /// The level with which most bytes of pages were compressed; none: most went as they are.
+    /// The level that most bytes of compressed pages had; none: most bytes of pages went as they are.
     pub level: Option<i32>,
     /// Bytes of the pages that were sent, zero pages left out.
     pub raw_bytes: u64,

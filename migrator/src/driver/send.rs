@@ -58,6 +58,23 @@ struct Totals {
     spent: Spent,
 }
 
+impl Totals {
+    /// The level that most bytes of compressed pages have, if no more bytes went as they are than with all levels together.
+    fn level(&self) -> Option<i32> {
+        let (mut raw, mut packed, mut most) = (0, 0, None);
+        for (choice, bytes) in &self.by_choice {
+            match choice {
+                Choice::Raw => raw += bytes,
+                Choice::Zstd(level) => {
+                    packed += bytes;
+                    most = most.max(Some((*bytes, *level)));
+                }
+            }
+        }
+        most.filter(|_| packed >= raw).map(|(_, level)| level)
+    }
+}
+
 impl Sending {
     /// Enters what was written.
     fn enter(&self, packed: &[Packed]) {
@@ -91,13 +108,9 @@ impl Sending {
 
     /// What compression did so far.
     pub fn compression(&self, mode: Compression) -> CompressionReport {
-        let Totals { raw_bytes, sent_bytes, by_choice, .. } = &*lock(&self.totals);
-        let most = by_choice.iter().max_by_key(|(_, bytes)| *bytes);
-        let level = most.and_then(|(choice, _)| match choice {
-            Choice::Raw => None,
-            Choice::Zstd(level) => Some(*level),
-        });
-        CompressionReport { mode: mode.to_string(), level, raw_bytes: *raw_bytes, sent_bytes: *sent_bytes }
+        let totals = lock(&self.totals);
+        let Totals { raw_bytes, sent_bytes, .. } = *totals;
+        CompressionReport { mode: mode.to_string(), level: totals.level(), raw_bytes, sent_bytes }
     }
 }
 
@@ -566,6 +579,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn it_was_compressed_if_all_levels_together_had_most_of_it() {
+        let level = |by_choice: &[(Choice, u64)]| Totals { by_choice: by_choice.into(), ..Totals::default() }.level();
+        assert_eq!(level(&[]), None);
+        assert_eq!(level(&[(Choice::Raw, 5)]), None);
+        assert_eq!(level(&[(Choice::Raw, 5), (Choice::Zstd(1), 4)]), None);
+        // Each less than went as it is.
+        assert_eq!(level(&[(Choice::Raw, 5), (Choice::Zstd(3), 3), (Choice::Zstd(-3), 4)]), Some(-3));
+    }
 
     proptest! {
         #[test]
