@@ -145,11 +145,13 @@ impl Vm {
         let fd = Arc::new(host.kvm.create_vm().map_err(kvm("KVM_CREATE_VM"))?);
         fd.set_tss_address(KVM_TSS as usize).map_err(kvm("KVM_SET_TSS_ADDR"))?;
         fd.set_identity_map_address(KVM_IDENTITY_MAP).map_err(kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        // Memory before any device in the kernel: Linux 6.18 takes their old lists of devices apart later (call_srcu), and whoever sets
+        // up memory meanwhile waits for that, 5 to 10 ms.
+        let memory = memory::map(config.memory_bytes)?;
+        let dirty = DirtyLog::new(fd.clone(), memory.clone())?;
         fd.create_irq_chip().map_err(kvm("KVM_CREATE_IRQCHIP"))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(kvm("KVM_CREATE_PIT2"))?;
-        let memory = memory::map(config.memory_bytes)?;
-        let dirty = DirtyLog::new(fd.clone(), memory.clone())?;
 
         let serial = Arc::new(Mutex::new(SerialPort::new(interrupt_line(&fd, COM1_GSI)?, console)));
         let power = Arc::new(Mutex::new(PowerDevice::new(events.clone(), interrupt_line(&fd, GED_GSI)?)));
