@@ -262,11 +262,19 @@ impl DestinationVm for Destination {
         if theirs.name != ours.name || theirs.boot != ours.boot || theirs.vm_config() != ours.vm_config() {
             return Err(refusal("the VM's description changed after the offer".into()));
         }
-        let mismatches = compare(&facts, &self.host);
+        let mut mismatches = compare(&facts, &self.host);
+        // It takes a VM to see what TSC a guest gets here. If nothing else is in the way, that is the one to be built.
+        let tsc_khz = match mismatches.is_empty() {
+            true => {
+                self.machine.build_vm(&self.host).map_err(|e| refusal(format!("{e:#}")))?;
+                self.machine.with_vm(|vm| vm.cpu().tsc_khz).ok()
+            }
+            false => self.host.tsc_khz(),
+        };
+        mismatches.extend(tsc_khz.and_then(|here| compare_tsc(facts.tsc_khz, here, self.host.facts().tsc_scaling)));
         if !mismatches.is_empty() {
             return Err(Refusal { reason: format!("this host cannot run {}", description.name), mismatches });
         }
-        self.machine.build_vm(&self.host).map_err(|e| refusal(format!("{e:#}")))?;
         let memory = self.machine.with_vm(|vm| {
             let memory: Arc<dyn GuestPages> = Arc::new(EndpointMemory::new(vm));
             memory
@@ -341,7 +349,7 @@ fn refusal(reason: String) -> Refusal {
     Refusal { reason, mismatches: Vec::new() }
 }
 
-/// Everything in which this host falls short of what the guest was promised.
+/// Everything in which this host falls short of what the guest was promised, but for the TSC.
 fn compare(facts: &SourceFacts, host: &Host) -> Vec<Mismatch> {
     let here = host.facts();
     let mut mismatches = Vec::new();
@@ -366,17 +374,37 @@ fn compare(facts: &SourceFacts, host: &Host) -> Vec<Mismatch> {
     for feature in vmm::arch::cpuid::missing_features(&guest, &host.cpuid) {
         differ(&format!("CPU feature {feature}"), "yes".into(), "no".into(), "");
     }
-    if let Some(khz) = host.tsc_khz() {
-        let difference = u64::from(khz.abs_diff(facts.tsc_khz)) * 1_000_000 / u64::from(khz.max(1));
-        if difference > TSC_TOLERANCE_PPM && !here.tsc_scaling {
-            let hint = "this CPU cannot scale its TSC";
-            differ("TSC frequency", format!("{} kHz", facts.tsc_khz), format!("{khz} kHz"), hint);
-        }
-    }
     if facts.spec.memory_bytes > here.memory_available_bytes {
         let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
         let (needed, available) = (mib(facts.spec.memory_bytes), mib(here.memory_available_bytes));
         differ("memory", format!("{needed} needed"), format!("{available} available"), "");
     }
     mismatches
+}
+
+/// A guest's TSC runs as fast as at the source, where KVM can see to it.
+fn compare_tsc(there: u32, here: u32, scaling: bool) -> Option<Mismatch> {
+    let difference = u64::from(here.abs_diff(there)) * 1_000_000 / u64::from(here.max(1));
+    (difference > TSC_TOLERANCE_PPM && !scaling).then(|| Mismatch {
+        what: "TSC frequency".into(),
+        source: format!("{there} kHz"),
+        destination: format!("{here} kHz"),
+        hint: "this CPU cannot scale its TSC".into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tsc_of_another_frequency_is_a_mismatch_where_kvm_cannot_scale_it() {
+        let khz = 2_000_000;
+        assert_eq!(compare_tsc(khz, khz, false), None);
+        // 250 ppm, and a little more.
+        assert_eq!(compare_tsc(khz + 500, khz, false), None);
+        assert_eq!(compare_tsc(khz - 502, khz, true), None);
+        let mismatch = compare_tsc(khz - 502, khz, false).unwrap();
+        assert_eq!((mismatch.source.as_str(), mismatch.destination.as_str()), ("1999498 kHz", "2000000 kHz"));
+    }
 }
