@@ -101,7 +101,7 @@ const TELLING_TIME: Duration = Duration::from_millis(20);
 
 /// What would do is made better by further rounds if each is shorter than the one before by at least this factor, ...
 const SHRINKING: f64 = 0.7;
-/// ... if they take no more than this part of the time so far, ...
+/// ... if they make the migration longer by no more than this part of the time so far, ...
 const FURTHER_PART: f64 = 0.05;
 /// ... and no more than so many times.
 const MOST_FURTHER: u32 = 8;
@@ -168,10 +168,11 @@ impl Precopy {
             let first = self.rounds == 1 && dirty_pages > 0;
             let (transfer, costs) = (predicted.saturating_sub(self.costs.total()), self.costs.total());
             // It would do. If the guest is slower than the link, each further round makes the blackout shorter, until the costs are
-            // most of it; all of them together take `transfer / (1 - load)`.
+            // most of it; all of them together take `transfer / (1 - load)`, of which `transfer` must be sent in any case.
+            let load = self.load();
             let further = transfer > costs
-                && self.load() < SHRINKING
-                && transfer.as_secs_f64() / (1.0 - self.load()) < FURTHER_PART * now.as_secs_f64()
+                && load < SHRINKING
+                && transfer.as_secs_f64() * load / (1.0 - load) < FURTHER_PART * now.as_secs_f64()
                 && self.further < MOST_FURTHER;
             self.further += u32::from(further);
             return if first || further { Verdict::Another } else { Verdict::Switchover };
