@@ -85,6 +85,8 @@ pub struct Precopy {
     best: Option<Best>,
     /// So many rounds were made although the rest would have fitted.
     further: u32,
+    /// Once, the guest dirtied memory too fast for rounds to become much shorter.
+    has_lagged: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -133,6 +135,7 @@ impl Precopy {
             looked_at: None,
             best: None,
             further: 0,
+            has_lagged: false,
         }
     }
 
@@ -161,6 +164,7 @@ impl Precopy {
             let span = now.saturating_sub(since).max(Duration::from_micros(1));
             self.dirty_rate = Some((dirty_pages * PAGE_BYTES) as f64 / span.as_secs_f64());
         }
+        self.has_lagged |= self.load() >= SHRINKING;
         let Some(predicted) = self.predict(dirty_pages) else { return Verdict::Another };
         if predicted <= self.max_downtime {
             // The first round takes its time for zero pages, and for memory that the destination has never touched: what the
@@ -211,6 +215,12 @@ impl Precopy {
             });
         }
         Verdict::Another
+    }
+
+    /// Whether there is time, with so many pages to send: a switchover is out of reach, and gets nearer by itself. Where it is within
+    /// reach, what the link carries must be seen.
+    pub fn has_time(&self, pages: u64) -> bool {
+        !self.has_lagged && self.predict(pages).is_none_or(|predicted| predicted > self.max_downtime)
     }
 
     /// How fast the guest dirties memory, by how fast the link carries it.

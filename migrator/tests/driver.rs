@@ -1099,6 +1099,25 @@ fn moves_it_with_every_kind_of_compression() {
     }
 }
 
+/// Threads that send and compress pages stand back for the guest while it runs, and for nobody while it does not.
+#[test]
+fn the_guest_goes_first_while_it_runs() {
+    let usual = rustix::process::getpriority_process(None).unwrap();
+    for compression in [Compression::None, Compression::Zstd(1)] {
+        let ram = mixed(2000);
+        let host = Host::start(MockDestination::default());
+        let options = Options { compression, ..options() };
+        let guest = Guest::run(ram.clone(), 2000, Duration::from_micros(500));
+        let attempt = migrate(MockSource::new(ram.clone()), host.dialer(), &options, &MigrationHandle::new());
+        drop(guest);
+        assert_eq!(attempt.report.outcome, Outcome::Completed, "{compression}: {:?}", attempt.report);
+        let nice = ram.nice.lock().unwrap();
+        assert!(nice.contains(&(false, usual.max(10))), "{compression}: {nice:?}");
+        assert!(nice.contains(&(true, usual)), "{compression}: {nice:?}");
+        assert!(!nice.contains(&(true, usual + 10)), "{compression}: {nice:?}");
+    }
+}
+
 #[test]
 fn what_the_guest_writes_while_it_is_compressed_is_not_lost() {
     // Pages are armed again before they are copied, wherever that is done.

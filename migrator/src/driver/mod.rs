@@ -16,6 +16,7 @@ use crate::report::Phase;
 use crate::traits::Journal;
 
 pub(crate) mod control;
+mod courtesy;
 mod destination;
 mod order;
 mod pace;

@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 use rustix::thread::sched_getaffinity;
 
 use super::control::lock;
+use super::courtesy::{self, ByCourtesy};
 use super::guarded;
-use super::send::{Wanted, stopped};
+use super::send::{Terms, Wanted, stopped};
 use crate::compress::policy::{Policy, Trial, Work, Written};
 use crate::compress::{Choice, Compression, Packer, Unpacker};
 use crate::layout::{CHUNK_PAGES, PAGE_BYTES, PAGE_SIZE, PageRun};
@@ -45,9 +46,8 @@ pub(super) struct Packed {
 pub(super) type InHand = Receiver<io::Result<Packed>>;
 
 struct Job {
-    round: u32,
+    terms: Terms,
     wanted: Wanted,
-    rearm: bool,
     level: i32,
     /// Where the frame goes.
     frame: Vec<u8>,
@@ -105,7 +105,7 @@ pub(super) struct Packing {
 /// Threads that compress, started with the first chunk that is to be: many migrations have none.
 struct Workers {
     most: usize,
-    crew: Mutex<Option<Crew>>,
+    crews: Mutex<ByCourtesy<Option<Crew>>>,
 }
 
 struct Crew {
@@ -133,7 +133,7 @@ impl Packing {
         let (memory, stop) = (memory.clone(), stop.clone());
         Self {
             shared: Arc::new(Shared { memory, policy, fixed, stop, began: Instant::now() }),
-            workers: Arc::new(Workers { most: workers, crew: Mutex::new(None) }),
+            workers: Arc::new(Workers { most: workers, crews: Mutex::default() }),
             // Enough that no worker waits for a stream that writes.
             ahead: workers.div_ceil(streams.max(1)) + 1,
         }
@@ -143,7 +143,7 @@ impl Packing {
     pub fn line(&self) -> Line {
         Line {
             workers: self.workers.clone(),
-            jobs: None,
+            jobs: ByCourtesy::default(),
             shared: self.shared.clone(),
             ahead: self.ahead,
             sampler: None,
@@ -152,19 +152,21 @@ impl Packing {
 
     /// Waits until no worker touches memory any more. `stop` is set, and no stream has a line.
     pub fn close(&mut self) {
-        let Some(Crew { jobs, threads }) = lock(&self.workers.crew).take() else { return };
-        drop(jobs);
-        for thread in threads {
-            let _ = thread.join();
+        for Crew { jobs, threads } in std::mem::take(&mut *lock(&self.workers.crews)).into_all().into_iter().flatten() {
+            drop(jobs);
+            for thread in threads {
+                let _ = thread.join();
+            }
         }
     }
 }
 
 impl Workers {
     /// The way to them.
-    fn jobs(&self, shared: &Arc<Shared>) -> io::Result<mpsc::Sender<Job>> {
-        let mut crew = lock(&self.crew);
-        if let Some(Crew { jobs, .. }) = &*crew {
+    fn jobs(&self, shared: &Arc<Shared>, courteous: bool) -> io::Result<mpsc::Sender<Job>> {
+        let mut crews = lock(&self.crews);
+        let crew = crews.of_mut(courteous);
+        if let Some(Crew { jobs, .. }) = crew {
             return Ok(jobs.clone());
         }
         let (jobs, queue) = mpsc::channel();
@@ -174,6 +176,7 @@ impl Workers {
             let (queue, shared) = (queue.clone(), shared.clone());
             let work = move || {
                 let mut worker = Worker::new(shared);
+                courtesy::begin(courteous);
                 // The lock is given back before the work begins.
                 while let Some(job) = next(&queue) {
                     worker.work(job);
@@ -194,7 +197,7 @@ fn next(queue: &Mutex<Receiver<Job>>) -> Option<Job> {
 /// One stream's way to the workers.
 pub(super) struct Line {
     workers: Arc<Workers>,
-    jobs: Option<mpsc::Sender<Job>>,
+    jobs: ByCourtesy<Option<mpsc::Sender<Job>>>,
     pub shared: Arc<Shared>,
     /// The most chunks to have in hand.
     pub ahead: usize,
@@ -203,14 +206,14 @@ pub(super) struct Line {
 
 impl Line {
     /// Lets a worker compress a chunk; its frame will be in the buffer `frame`.
-    pub fn start(&mut self, round: u32, wanted: Wanted, rearm: bool, level: i32, frame: Vec<u8>) -> io::Result<InHand> {
-        let jobs = match &mut self.jobs {
+    pub fn start(&mut self, terms: Terms, wanted: Wanted, level: i32, frame: Vec<u8>) -> io::Result<InHand> {
+        let jobs = match self.jobs.of_mut(terms.courteous) {
             Some(jobs) => jobs,
-            none => none.insert(self.workers.jobs(&self.shared)?),
+            none => none.insert(self.workers.jobs(&self.shared, terms.courteous)?),
         };
         let (done, in_hand) = mpsc::channel();
         // If no worker is left, nobody will answer, which says it.
-        let _ = jobs.send(Job { round, wanted, rearm, level, frame, done });
+        let _ = jobs.send(Job { terms, wanted, level, frame, done });
         Ok(in_hand)
     }
 
@@ -251,19 +254,19 @@ impl Worker {
     }
 
     fn work(&mut self, job: Job) {
-        let Job { round, wanted, rearm, level, frame, done } = job;
-        let packed = guarded(|| self.pack(round, wanted, rearm, level, frame)).flatten();
+        let Job { terms, wanted, level, frame, done } = job;
+        let packed = guarded(|| self.pack(terms, wanted, level, frame)).flatten();
         // A stream that has failed meanwhile does not wait for it.
         let _ = done.send(packed);
     }
 
-    fn pack(&mut self, round: u32, wanted: Wanted, rearm: bool, level: i32, mut frame: Vec<u8>) -> io::Result<Packed> {
+    fn pack(&mut self, terms: Terms, wanted: Wanted, level: i32, mut frame: Vec<u8>) -> io::Result<Packed> {
         if self.shared.stop.load(Ordering::Relaxed) {
             return Err(stopped());
         }
         let memory = self.shared.memory.clone();
         let began = Instant::now();
-        let mut chunk = wanted.look(&*memory, round, rearm)?;
+        let mut chunk = wanted.look(&*memory, terms)?;
         let choice = Choice::Zstd(level);
         if chunk.data.is_empty() {
             frame.clear();

@@ -1,5 +1,6 @@
-//! The page streams of the source: one thread each, which take chunks of the round in hand until none is left. A chunk goes
-//! from guest memory to the socket, or through the workers of [`super::pack`].
+//! The page streams of the source, which take chunks of the round in hand until none is left. A chunk goes from guest memory to the
+//! socket, or through the workers of [`super::pack`]. Each stream has two threads, of which one sends a round: see
+//! [`super::courtesy`].
 
 use std::collections::VecDeque;
 use std::io;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::control::lock;
+use super::courtesy::{self, ByCourtesy};
 use super::guarded;
 use super::order::Order;
 use super::pace::Pacer;
@@ -114,14 +116,36 @@ impl Sending {
     }
 }
 
+/// How pages of a round are sent.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Terms {
+    /// Its number.
+    pub round: u32,
+    /// Arm pages again before they are read: the guest runs.
+    pub rearm: bool,
+    /// Let the guest go first.
+    pub courteous: bool,
+}
+
 /// One round, shared by all streams.
 struct Round {
-    n: u32,
+    terms: Terms,
     order: Mutex<Order>,
-    /// Arm pages again before they are read.
-    rearm: bool,
     /// Streams that have not closed the round, and what the others carried.
     open: Mutex<(usize, Marker)>,
+}
+
+impl Round {
+    /// A stream has carried so much of it; after the last one, what all of them did.
+    fn close(&self, marker: Marker) -> Option<Marker> {
+        let (streams, all) = &mut *lock(&self.open);
+        *streams -= 1;
+        all.chunks += marker.chunks;
+        all.data_pages += marker.data_pages;
+        all.zero_pages += marker.zero_pages;
+        all.body_bytes += marker.body_bytes;
+        (*streams == 0).then_some(*all)
+    }
 }
 
 /// Pages of one chunk that are to be sent.
@@ -137,19 +161,19 @@ pub(super) struct Wanted {
 
 impl Wanted {
     /// Arms them again, if that is to be, and looks which are all zeros.
-    pub fn look(&self, memory: &dyn GuestPages, round: u32, rearm: bool) -> io::Result<Chunk> {
-        if rearm && !self.armed {
+    pub fn look(&self, memory: &dyn GuestPages, terms: Terms) -> io::Result<Chunk> {
+        if terms.rearm && !self.armed {
             // Before the pages are looked at: a write from here on is logged again.
             memory.rearm(self.chunk, &self.pages)?;
         }
         let zero = memory.find_zero(self.chunk, &self.pages)?.and(&self.pages);
-        Ok(Chunk { round, chunk: self.chunk, data: self.pages.minus(&zero), zero, packed: 0 })
+        Ok(Chunk { round: terms.round, chunk: self.chunk, data: self.pages.minus(&zero), zero, packed: 0 })
     }
 }
 
 /// All page streams.
 pub(super) struct PageSenders {
-    rounds: Vec<mpsc::Sender<Arc<Round>>>,
+    rounds: Vec<ByCourtesy<mpsc::Sender<Arc<Round>>>>,
     closers: Vec<Arc<dyn Closer>>,
     threads: Vec<JoinHandle<()>>,
     packing: Packing,
@@ -179,8 +203,7 @@ impl PageSenders {
         for connection in connections {
             let Split { writer, closer, .. } = connection.split()?;
             writer.set_timeout(Some(stall))?;
-            let (rounds, queue) = mpsc::channel::<Arc<Round>>();
-            let mut stream = Stream {
+            let stream = Arc::new(Mutex::new(Stream {
                 memory: memory.clone(),
                 writer,
                 pacer: pacer.clone(),
@@ -192,48 +215,40 @@ impl PageSenders {
                 in_hand: VecDeque::new(),
                 spare: Vec::new(),
                 spent: Spent::default(),
-            };
-            let sink = sink.clone();
-            senders.rounds.push(rounds);
+            }));
             senders.closers.push(closer);
-            senders.threads.push(thread::Builder::new().name("pages-send".into()).spawn(move || {
-                while let Ok(round) = queue.recv() {
-                    let (began, cpu) = (Instant::now(), cpu_time());
-                    let sent = guarded(|| stream.send(&round)).flatten();
-                    stream.spent.all += began.elapsed();
-                    stream.spent.cpu += cpu_time() - cpu;
-                    stream.sending.spend(std::mem::take(&mut stream.spent));
-                    match sent {
-                        Ok(marker) => {
-                            let mut open = lock(&round.open);
-                            open.0 -= 1;
-                            open.1.chunks += marker.chunks;
-                            open.1.data_pages += marker.data_pages;
-                            open.1.zero_pages += marker.zero_pages;
-                            open.1.body_bytes += marker.body_bytes;
-                            if open.0 == 0 {
-                                sink(SendEvent::Sent(open.1));
-                            }
+            senders.rounds.push(ByCourtesy::try_new(|courteous| {
+                let (rounds, queue) = mpsc::channel::<Arc<Round>>();
+                let (stream, sink) = (stream.clone(), sink.clone());
+                senders.threads.push(thread::Builder::new().name("pages-send".into()).spawn(move || {
+                    courtesy::begin(courteous);
+                    while let Ok(round) = queue.recv() {
+                        // Only then may anybody hear of it: the thread of the next round must not wait for this one.
+                        let sent = lock(&stream).serve(&round);
+                        match sent.map(|marker| round.close(marker)) {
+                            Ok(None) => {}
+                            Ok(Some(all)) => sink(SendEvent::Sent(all)),
+                            Err(error) => return sink(SendEvent::Failed(error.to_string())),
                         }
-                        Err(error) => return sink(SendEvent::Failed(error.to_string())),
                     }
-                }
+                })?);
+                io::Result::Ok(rounds)
             })?);
         }
         Ok(senders)
     }
 
     /// Sends a round. The one before it must be closed.
-    pub fn send(&self, n: u32, pages: Bitmap, rearm: bool) {
+    pub fn send(&self, terms: Terms, pages: Bitmap) {
+        let Terms { round: n, rearm, .. } = terms;
         self.sending.pages.store(0, Ordering::Relaxed);
-        // Of the last round, pages need not be armed again.
         self.packing.shared.round((!rearm).then(|| pages.count() * PAGE_BYTES));
         let open = Mutex::new((self.rounds.len(), Marker { round: n, ..Marker::default() }));
         let order = Mutex::new(Order::new(pages, n == 1 && rearm));
-        let round = Arc::new(Round { n, order, rearm, open });
+        let round = Arc::new(Round { terms, order, open });
         for stream in &self.rounds {
             // A stream that failed has said so.
-            let _ = stream.send(round.clone());
+            let _ = stream.of(terms.courteous).send(round.clone());
         }
     }
 
@@ -289,9 +304,19 @@ impl Batch {
 }
 
 impl Stream {
+    /// Sends its part of the round, and enters what that took.
+    fn serve(&mut self, round: &Round) -> io::Result<Marker> {
+        let (began, cpu) = (Instant::now(), cpu_time());
+        let sent = guarded(|| self.send(round)).flatten();
+        self.spent.all += began.elapsed();
+        self.spent.cpu += cpu_time() - cpu;
+        self.sending.spend(std::mem::take(&mut self.spent));
+        sent
+    }
+
     /// Sends chunks of the round until none is left, and the marker.
     fn send(&mut self, round: &Round) -> io::Result<Marker> {
-        let mut marker = Marker { round: round.n, ..Marker::default() };
+        let mut marker = Marker { round: round.terms.round, ..Marker::default() };
         let mut batch = Batch::default();
         let mut add = |batch: &mut Batch, packed: Packed| {
             marker.add(&packed.chunk);
@@ -348,7 +373,7 @@ impl Stream {
         let mut choice = self.line.shared.choose();
         if choice == Choice::Raw {
             let began = Instant::now();
-            let mut chunk = wanted.look(&*self.memory, round.n, round.rearm)?;
+            let mut chunk = wanted.look(&*self.memory, round.terms)?;
             wanted.armed = true;
             if self.line.sample(&chunk)? {
                 choice = self.line.shared.choose();
@@ -366,7 +391,7 @@ impl Stream {
         }
         if let Choice::Zstd(level) = choice {
             let frame = self.spare.pop().unwrap_or_default();
-            self.in_hand.push_back(self.line.start(round.n, wanted, round.rearm, level, frame)?);
+            self.in_hand.push_back(self.line.start(round.terms, wanted, level, frame)?);
         }
         Ok(None)
     }

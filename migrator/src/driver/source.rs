@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::control::{Control, ControlEvent};
-use super::send::{PageSenders, SendEvent};
+use super::send::{PageSenders, SendEvent, Terms};
 use super::{Unseen, claim, guarded, journal, request};
 use crate::arbiter::Claimant;
 use crate::bitmap::Bitmap;
@@ -230,7 +230,8 @@ impl Driver<'_> {
                 let dirty = if all { Bitmap::full(pages) } else { dirty };
                 self.round_pages = dirty.count();
                 if let Some(senders) = &self.senders {
-                    senders.send(n, dirty, !last);
+                    let courteous = !last && self.machine.precopy().has_time(dirty.count());
+                    senders.send(Terms { round: n, rearm: !last, courteous }, dirty);
                 }
             }
             Action::Throttle(permille) => return self.throttle(permille),

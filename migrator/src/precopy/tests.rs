@@ -250,6 +250,30 @@ fn further_rounds_make_a_blackout_short_where_they_cost_little() {
 }
 
 #[test]
+fn there_is_time_while_a_switchover_is_out_of_reach_and_comes_nearer() {
+    let ms = Duration::from_millis;
+    let policy = || {
+        let mut policy = Precopy::new(Convergence::default(), ms(50), true);
+        policy.begin(Duration::ZERO);
+        policy
+    };
+    // 1 GB/s.
+    let mut idle = policy();
+    assert!(idle.has_time(1 << 20), "nothing is known yet");
+    idle.round_done(1_000_000_000, ms(1000));
+    idle.decide(ms(1000), 30_000);
+    assert!(idle.has_time(30_000) && !idle.has_time(10_000));
+    // Dirties nearly as much as was sent: it is in a hurry, and stays so.
+    let mut busy = policy();
+    busy.round_done(1_000_000_000, ms(1000));
+    busy.decide(ms(1000), 200_000);
+    assert!(!busy.has_time(200_000));
+    busy.round_done(820_000_000, ms(820));
+    busy.decide(ms(1820), 30_000);
+    assert!(!busy.has_time(30_000));
+}
+
+#[test]
 fn rounds_are_capped() {
     let mut policy =
         Precopy::new(Convergence { max_rounds: 7, ..Convergence::default() }, Duration::from_millis(50), true);

@@ -1,11 +1,13 @@
 //! A VM without a hypervisor: memory with a dirty log that behaves like KVM's, and a guest that writes to it.
 #![allow(dead_code, clippy::unwrap_used, reason = "each test binary uses its part, and a test may panic")]
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use migrator::bitmap::{Bitmap, ChunkBits};
@@ -38,6 +40,8 @@ pub struct MockRam {
     pub rearmed: AtomicU64,
     /// Fails sends after so many; for tests of failures.
     pub sends_left: AtomicUsize,
+    /// Nice values of the threads that read pages to send or compress them, by whether the guest was paused.
+    pub nice: Mutex<BTreeSet<(bool, i32)>>,
 }
 
 impl MockRam {
@@ -55,6 +59,7 @@ impl MockRam {
             state: Mutex::new(RamState { bytes, log: None, paused: false, throttle: 0 }),
             rearmed: AtomicU64::new(0),
             sends_left: AtomicUsize::new(usize::MAX),
+            nice: Mutex::default(),
         })
     }
 
@@ -73,6 +78,14 @@ impl MockRam {
             log.set(page);
         }
         true
+    }
+
+    fn note_nice(&self) {
+        let thread = thread::current();
+        if thread.name().is_some_and(|name| matches!(name, "pages-send" | "pages-pack")) {
+            let nice = rustix::process::getpriority_process(None).unwrap();
+            self.nice.lock().unwrap().insert((self.lock().paused, nice));
+        }
     }
 
     pub fn content(&self) -> Vec<u8> {
@@ -117,6 +130,7 @@ impl GuestPages for MockRam {
         if self.sends_left.fetch_sub(1, Ordering::Relaxed) == 0 {
             return Err(io::Error::other("injected"));
         }
+        self.note_nice();
         for part in parts {
             let copy;
             let mut bytes = match part {
@@ -154,6 +168,7 @@ impl GuestPages for MockRam {
     }
 
     fn read(&self, run: PageRun, into: &mut [u8]) -> io::Result<()> {
+        self.note_nice();
         into.copy_from_slice(&self.lock().bytes[Self::range(run)]);
         Ok(())
     }
@@ -382,7 +397,7 @@ impl GuestPages for Corrupt {
 
 impl DestinationVm for MockDestination {
     fn prepare(&mut self, description: &VmDescription) -> Result<(), Refusal> {
-        std::thread::sleep(self.prepare_takes);
+        thread::sleep(self.prepare_takes);
         if let Some(refusal) = self.refusal.clone() {
             return Err(refusal);
         }

@@ -58,7 +58,7 @@ impl ThreadKind {
             Self::Devices => &[devices],
             Self::Console => &[sockets, accept, threads, log],
             Self::Control => &[sockets, accept, threads, machine],
-            Self::Migration => &[sockets, dial, threads, machine, files],
+            Self::Migration => &[sockets, dial, threads, machine, files, manners],
             // A thread begins with the filter of the one that started it: these are those of all that it starts, and its own.
             Self::Main => &[vcpu, devices, sockets, accept, threads, log, machine, files, build],
         }
@@ -213,6 +213,11 @@ fn files(calls: &mut Calls) {
     calls.allow(&named![SYS_pread64 SYS_lseek SYS_fstat SYS_fdatasync SYS_fsync SYS_ftruncate]);
     calls.allow_if(named![SYS_statx], "of a descriptor", [has(2, AT_EMPTY_PATH, AT_EMPTY_PATH)]);
     calls.allow_if(named![SYS_newfstatat], "of a descriptor", [has(3, AT_EMPTY_PATH, AT_EMPTY_PATH)]);
+}
+
+/// Letting others go first. (Nobody who has no capabilities can do the opposite.)
+fn manners(calls: &mut Calls) {
+    calls.allow_if(named![SYS_setpriority], "its own", [is(0, PRIO_PROCESS as c_int), is(1, 0)]);
 }
 
 /// The console's log begins anew when it is long: its bytes go over to a second file.
