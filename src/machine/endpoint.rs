@@ -66,10 +66,14 @@ fn layout(vm: &Vm) -> RamLayout {
 
 /// Sets the bits of all pages that are in the regions' logs.
 fn enter(ram: &RamLayout, logs: &[Vec<u64>], into: &mut Bitmap) -> io::Result<()> {
-    for (index, words) in logs.iter().enumerate() {
-        let (Some(first), Some(region)) = (ram.region_start(index), ram.regions().get(index)) else {
-            return Err(io::Error::other("KVM's log has more regions than the VM"));
-        };
+    let regions = ram.regions();
+    if logs.len() != regions.len() {
+        // A region without a log would be taken for one that nobody wrote to.
+        let message = format!("KVM's dirty log has {} regions and the VM {}", logs.len(), regions.len());
+        return Err(io::Error::other(message));
+    }
+    for (index, (region, words)) in regions.iter().zip(logs).enumerate() {
+        let first = ram.region_start(index).ok_or_else(|| io::Error::other("a region of the VM has no first page"))?;
         into.or_words(first, region.bytes / vmm::memory::PAGE_BYTES, words);
     }
     Ok(())
@@ -396,6 +400,19 @@ fn compare_tsc(there: u32, here: u32, scaling: bool) -> Option<Mismatch> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_log_must_be_of_all_regions() {
+        let region = |gpa| RamRegion { gpa, bytes: 8192 };
+        let ram = RamLayout::new(vec![region(0), region(1 << 32)]).unwrap();
+        let mut dirty = Bitmap::new(4);
+        for logs in [vec![], vec![vec![3]], vec![vec![3]; 3]] {
+            assert!(enter(&ram, &logs, &mut dirty).is_err(), "{logs:?}");
+        }
+        assert_eq!(dirty.count(), 0);
+        enter(&ram, &[vec![1], vec![2]], &mut dirty).unwrap();
+        assert!(dirty.count() == 2 && dirty.get(0) && dirty.get(3));
+    }
 
     #[test]
     fn a_tsc_of_another_frequency_is_a_mismatch_where_kvm_cannot_scale_it() {
