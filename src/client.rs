@@ -97,7 +97,7 @@ pub fn wait_until_let_go(runtime: &Runtime, name: &str) -> Result<()> {
     let dir = runtime.vm(name)?;
     let deadline = Instant::now() + TIDYING;
     while dir.is_held()? && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(Duration::from_millis(1));
     }
     Ok(())
 }

@@ -42,7 +42,15 @@ pub struct VmDir {
 
 /// The lock on a VM's folder; whoever holds it is the VM's process.
 #[derive(Debug)]
-pub struct VmLock(#[allow(dead_code)] File);
+pub struct VmLock(File);
+
+impl VmLock {
+    /// Lets go also for the processes that were forked with it.
+    pub fn release(self) {
+        // An error would be one of a descriptor that is none.
+        let _ = self.0.unlock();
+    }
+}
 
 /// Checks a VM's name: it is a folder's name, an argument and a word in messages.
 pub fn check_name(name: &str) -> Result<()> {
@@ -349,10 +357,14 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let runtime = Runtime { root: root.path().into(), journals: Journals::new(root.path().into()) };
         let vm = runtime.vm("web").unwrap();
-        let lock = vm.claim().unwrap();
+        let (lock, _journal) = vm.claim().unwrap();
         assert!(vm.is_held().unwrap());
         assert!(vm.claim().unwrap_err().to_string().contains("running VM"));
-        drop(lock);
+        // As a process that was forked meanwhile has it.
+        let copy = lock.0.try_clone().unwrap();
+        lock.release();
+        assert!(!vm.is_held().unwrap());
+        drop(copy);
         assert!(vm.claim().unwrap_err().to_string().contains("microvm rm web"));
         vm.remove().unwrap();
         drop(vm.claim().unwrap());

@@ -114,7 +114,8 @@ impl ToKeeper {
 
 impl Keeper {
     /// Waits for the end of the VM, and tidies up: bridges first, then the folder; `lock` goes last, so that whoever waits for it
-    /// finds everything done. `arrival` is the migration that brings the VM. Returns the exit code of the VM's process.
+    /// finds everything done. A process that says how the VM ended has nothing left to do but to free its memory, which may take
+    /// long: nobody need wait for that. `arrival` is the migration that brings the VM. Returns the exit code of the VM's process.
     pub fn keep(
         self,
         dir: &VmDir,
@@ -131,7 +132,8 @@ impl Keeper {
         let _ = rustix::thread::set_name(c"microvm-keeper");
         vmm::sandbox::keep_only_network_administration().context("the keeper cannot give up its capabilities")?;
         let Keeper { vm, pipe, violation } = self;
-        let (mut answered, mut owned, mut exit) = (false, false, None);
+        let (mut answered, mut owned) = (false, false);
+        let (mut held, mut ended) = (Some((unplug, lock)), Ok(()));
         for line in BufReader::new(pipe.take(MAX_NOTES_BYTES)).lines().map_while(io::Result::ok) {
             match serde_json::from_str(&line) {
                 Ok(Note::Started(started)) if !answered => answered = tell_starter(&started),
@@ -145,18 +147,27 @@ impl Keeper {
                         let _ = fs::remove_file(journal);
                     }
                 }
-                Ok(Note::Ended(end)) => exit = Some(end),
+                Ok(Note::Ended(exit)) => {
+                    if let Some((unplug, lock)) = held.take() {
+                        drop(unplug);
+                        ended = put_away(dir, &exit);
+                        lock.release();
+                    }
+                }
                 Ok(Note::Started(_)) | Err(_) => {}
             }
         }
         let status = wait(vm)?;
+        let code = status.exit_status().map_or(1, |code| code as u8);
+        let Some((unplug, _lock)) = held else { return ended.map(|()| code) };
         drop(unplug);
-        if exit.is_none() && status.terminating_signal() == Some(Signal::SYS.as_raw()) {
+        let signal = status.terminating_signal();
+        let exit = (signal == Some(Signal::SYS.as_raw())).then(|| {
             let (syscall, thread) = violation.read().map(|v| (v.syscall, v.thread)).unzip();
-            exit = Some(Exit::Sandbox { syscall, thread });
-        }
+            Exit::Sandbox { syscall, thread }
+        });
         if !answered {
-            let why = match (&exit, status.terminating_signal()) {
+            let why = match (&exit, signal) {
                 (Some(exit), _) => exit.sentence(dir.name()),
                 (None, Some(signal)) => format!("the VM's process ended before it was ready (signal {signal})"),
                 (None, None) => "the VM's process ended before it was ready".into(),
@@ -164,11 +175,7 @@ impl Keeper {
             tell_starter(&Started::Failed(why));
         }
         match exit {
-            Some(Exit::Moved(_)) => dir.remove()?,
-            Some(exit) if owned => {
-                fs::write(dir.exit(), serde_json::to_vec(&exit)?).context("the VM's folder cannot be written")?;
-                dir.remove_sockets();
-            }
+            Some(exit) if owned => put_away(dir, &exit)?,
             // A bug after the VM was this host's, by its journal: that it died here is what there is to see.
             _ if !owned && dir.has_arrived(runtime)? => {}
             // It ended by itself before it had a VM, or nobody has heard of it.
@@ -176,9 +183,18 @@ impl Keeper {
             // It was killed: what it leaves tells of it.
             _ => {}
         }
-        drop(lock);
-        Ok(status.exit_status().map_or(1, |code| code as u8))
+        Ok(code)
     }
+}
+
+/// Leaves of the folder what is of use after such an end.
+fn put_away(dir: &VmDir, exit: &Exit) -> Result<()> {
+    if matches!(exit, Exit::Moved(_)) {
+        return dir.remove();
+    }
+    fs::write(dir.exit(), serde_json::to_vec(exit)?).context("the VM's folder cannot be written")?;
+    dir.remove_sockets();
+    Ok(())
 }
 
 fn wait(vm: Pid) -> Result<WaitStatus> {

@@ -15,7 +15,7 @@ use vmm::devices::power::GuestEvent;
 use vmm::devices::virtio::Tap;
 use vmm::host::Host;
 use vmm::sandbox::Sandbox;
-use vmm::vm::{RunState, Vm};
+use vmm::vm::{Remains, RunState, Vm};
 
 pub mod connections;
 pub mod console;
@@ -286,10 +286,13 @@ impl Machine {
         drop(vm);
     }
 
-    /// Lets go of the VM and of its TAPs, for good.
-    pub fn let_go(&self) {
-        self.drop_vm();
+    /// Lets go of the VM and of its TAPs, for good. Nobody has to wait for what remains of it.
+    pub fn let_go(&self) -> Option<Remains> {
+        let vm = lock(&self.vm).take();
+        let remains = vm.as_ref().map(Vm::remains);
+        drop(vm);
         lock(&self.opened.taps).clear();
+        remains
     }
 
     fn guest_did(&self, boot: u64, event: GuestEvent) {

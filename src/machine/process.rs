@@ -234,11 +234,12 @@ fn until_the_end(machine: &Arc<Machine>, host: &Arc<Host>, inbox: &Receiver<Even
     let exit = main_loop(machine, host, inbox)?;
     tracing::info!("{}", exit.sentence(&machine.spec.name));
     machine.set_ending();
-    machine.let_go();
-    keeper.ended(&exit);
+    let remains = machine.let_go();
     machine.console.close();
+    keeper.ended(&exit);
     machine.set_exit(exit.clone());
     machine.wait_for_clients(FAREWELL);
+    drop(remains);
     Ok(exit)
 }
 
