@@ -19,6 +19,8 @@ pub struct Costs {
     pub collect: Duration,
     /// Saving the state.
     pub save: Duration,
+    /// Sending a last round with next to nothing in it.
+    pub transfer: Duration,
     /// There and back.
     pub rtt: Duration,
     /// Loading the state and starting, as the destination guesses it.
@@ -35,7 +37,8 @@ impl Default for Costs {
         Self {
             pause: us(200),
             collect: ms(1),
-            save: us(200),
+            save: us(300),
+            transfer: us(200),
             rtt: ms(1),
             load: us(500),
             journal_here: ms(1),
@@ -47,9 +50,9 @@ impl Default for Costs {
 impl Costs {
     /// All of them. The messages that must follow one another are the state, PREPARED and COMMIT: three ways.
     pub fn total(&self) -> Duration {
-        let Self { pause, collect, save, rtt, load, journal_here, journal_there } = *self;
+        let Self { pause, collect, save, transfer, rtt, load, journal_here, journal_there } = *self;
         // The source writes its journal while the destination loads.
-        pause + collect + save + (rtt + load).max(journal_here) + rtt / 2 + journal_there
+        pause + collect + save + transfer + (rtt + load).max(journal_here) + rtt / 2 + journal_there
     }
 }
 

@@ -279,11 +279,13 @@ impl DestinationVm for Destination {
         if !mismatches.is_empty() {
             return Err(Refusal { reason: format!("this host cannot run {}", description.name), mismatches });
         }
-        let memory = self.machine.with_vm(|vm| {
+        let built = self.machine.with_vm(|vm| {
             let memory: Arc<dyn GuestPages> = Arc::new(EndpointMemory::new(vm));
-            memory
+            // What goes wrong with that would go wrong with the guest standing still.
+            vm.rehearse().map(|()| memory)
         });
-        let memory = memory.map_err(|e| refusal(e.to_string()))?;
+        let memory =
+            built.map_err(|e| refusal(e.to_string()))?.map_err(|e| refusal(format!("{:#}", anyhow::Error::from(e))))?;
         if *memory.layout() != description.ram {
             return Err(refusal("the VM's memory is laid out differently by this version of microvm".into()));
         }

@@ -305,6 +305,12 @@ impl Vm {
         Ok(sections)
     }
 
+    /// Saves, and reads what was saved as [`Vm::restore`] will: the first time takes much longer than the others, because the program's
+    /// pages are mapped as it goes.
+    pub fn rehearse(&self) -> Result<(), SnapshotError> {
+        Decoded::new(self.save()?, self.vcpus.len(), self.virtio.len()).map(drop)
+    }
+
     /// Gives the state to a machine just built. The guest's clocks go on by what has passed since it was saved, as far as the clocks
     /// of the two hosts agree.
     pub fn restore(&mut self, sections: Vec<Section>) -> Result<(), SnapshotError> {
