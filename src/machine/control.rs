@@ -108,8 +108,9 @@ fn migrate(machine: &Arc<Machine>, host: &Arc<Host>, request: &MigrateRequest) -
         let migration = move || {
             let machine = for_thread;
             let mut journal = lock(&machine.journal);
+            let kept = journal.as_mut().expect("no migration begins on a machine that is ending");
             fault_points::about(id, &machine.spec.name);
-            let report = migrator::migrate(&mut source, id, dialer, &mut Stepped(&mut journal), &options, &handle);
+            let report = migrator::migrate(&mut source, id, dialer, &mut Stepped(kept), &options, &handle);
             drop(journal);
             machine.send(Event::MigrationOver(Box::new(report)));
         };

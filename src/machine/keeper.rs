@@ -35,6 +35,8 @@ enum Note {
     Released,
     /// How it ended.
     Ended(Exit),
+    /// After that: nobody need wait for this process any more, which has nothing left to do but to free its memory.
+    Done,
 }
 
 /// The VM's end of the pipe.
@@ -110,12 +112,17 @@ impl ToKeeper {
     pub fn ended(&self, exit: &Exit) {
         self.note(&Note::Ended(exit.clone()));
     }
+
+    /// After [`Self::ended`]: only memory is left to be freed.
+    pub fn done(&self) {
+        self.note(&Note::Done);
+    }
 }
 
 impl Keeper {
     /// Waits for the end of the VM, and tidies up: bridges first, then the folder; `lock` goes last, so that whoever waits for it
-    /// finds everything done. A process that says how the VM ended has nothing left to do but to free its memory, which may take
-    /// long: nobody need wait for that. `arrival` is the migration that brings the VM. Returns the exit code of the VM's process.
+    /// finds everything done. That is when the process is gone, or when it says that it is done: to free its memory may take long.
+    /// `arrival` is the migration that brings the VM. Returns the exit code of the VM's process.
     pub fn keep(
         self,
         dir: &VmDir,
@@ -132,8 +139,8 @@ impl Keeper {
         let _ = rustix::thread::set_name(c"microvm-keeper");
         vmm::sandbox::keep_only_network_administration().context("the keeper cannot give up its capabilities")?;
         let Keeper { vm, pipe, violation } = self;
-        let (mut answered, mut owned) = (false, false);
-        let (mut held, mut ended) = (Some((unplug, lock)), Ok(()));
+        let (mut answered, mut owned, mut exit) = (false, false, None);
+        let (mut held, mut put_away) = (Some((unplug, lock)), Ok(()));
         for line in BufReader::new(pipe.take(MAX_NOTES_BYTES)).lines().map_while(io::Result::ok) {
             match serde_json::from_str(&line) {
                 Ok(Note::Started(started)) if !answered => answered = tell_starter(&started),
@@ -147,25 +154,26 @@ impl Keeper {
                         let _ = fs::remove_file(journal);
                     }
                 }
-                Ok(Note::Ended(exit)) => {
-                    if let Some((unplug, lock)) = held.take() {
+                Ok(Note::Ended(end)) => exit = Some(end),
+                Ok(Note::Done) if owned => {
+                    if let (Some(exit), Some((unplug, lock))) = (&exit, held.take_if(|_| exit.is_some())) {
                         drop(unplug);
-                        ended = put_away(dir, &exit);
+                        put_away = put_folder_away(dir, exit);
                         lock.release();
                     }
                 }
-                Ok(Note::Started(_)) | Err(_) => {}
+                Ok(Note::Started(_) | Note::Done) | Err(_) => {}
             }
         }
         let status = wait(vm)?;
         let code = status.exit_status().map_or(1, |code| code as u8);
-        let Some((unplug, _lock)) = held else { return ended.map(|()| code) };
+        let Some((unplug, _lock)) = held else { return put_away.map(|()| code) };
         drop(unplug);
         let signal = status.terminating_signal();
-        let exit = (signal == Some(Signal::SYS.as_raw())).then(|| {
+        if exit.is_none() && signal == Some(Signal::SYS.as_raw()) {
             let (syscall, thread) = violation.read().map(|v| (v.syscall, v.thread)).unzip();
-            Exit::Sandbox { syscall, thread }
-        });
+            exit = Some(Exit::Sandbox { syscall, thread });
+        }
         if !answered {
             let why = match (&exit, signal) {
                 (Some(exit), _) => exit.sentence(dir.name()),
@@ -175,7 +183,7 @@ impl Keeper {
             tell_starter(&Started::Failed(why));
         }
         match exit {
-            Some(exit) if owned => put_away(dir, &exit)?,
+            Some(exit) if owned => put_folder_away(dir, &exit)?,
             // A bug after the VM was this host's, by its journal: that it died here is what there is to see.
             _ if !owned && dir.has_arrived(runtime)? => {}
             // It ended by itself before it had a VM, or nobody has heard of it.
@@ -188,7 +196,7 @@ impl Keeper {
 }
 
 /// Leaves of the folder what is of use after such an end.
-fn put_away(dir: &VmDir, exit: &Exit) -> Result<()> {
+fn put_folder_away(dir: &VmDir, exit: &Exit) -> Result<()> {
     if matches!(exit, Exit::Moved(_)) {
         return dir.remove();
     }

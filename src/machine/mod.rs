@@ -162,8 +162,8 @@ pub struct Machine {
     changed: Condvar,
     events: Mutex<Sender<Event>>,
     started: SystemTime,
-    /// Of the attempts to move it away.
-    journal: Mutex<FileJournal>,
+    /// Of the attempts to move it away; `None` once there will be no more.
+    journal: Mutex<Option<FileJournal>>,
     /// What was opened at the start.
     opened: Opened,
 }
@@ -229,7 +229,7 @@ impl Machine {
             changed: Condvar::new(),
             events: Mutex::new(events),
             started: SystemTime::now(),
-            journal: Mutex::new(journal),
+            journal: Mutex::new(Some(journal)),
             opened,
         })
     }
@@ -329,6 +329,9 @@ impl Machine {
         if let Some(exit) = &status.exit {
             bail!("{}", exit.sentence(&self.spec.name));
         }
+        if status.ending {
+            bail!("{} is being taken down", self.spec.name);
+        }
         status.migration = Some(Migration { handle, peer, incoming });
         Ok(())
     }
@@ -424,6 +427,16 @@ impl Machine {
 
     fn set_ending(&self) {
         lock(&self.status).ending = true;
+    }
+
+    /// Gives up the journal of a VM that is ending, unless a migration is under way: that may write to it as long as there is the
+    /// process. Says whether it did.
+    fn give_up_journal(&self) -> bool {
+        let idle = self.migration().is_none();
+        if idle {
+            lock(&self.journal).take();
+        }
+        idle
     }
 
     fn set_exit(&self, exit: Exit) {

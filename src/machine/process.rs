@@ -237,8 +237,12 @@ fn until_the_end(machine: &Arc<Machine>, host: &Arc<Host>, inbox: &Receiver<Even
     let remains = machine.let_go();
     machine.console.close();
     keeper.ended(&exit);
+    if machine.give_up_journal() {
+        keeper.done();
+    }
     machine.set_exit(exit.clone());
     machine.wait_for_clients(FAREWELL);
+    let _ = fault_points::step("vm", "free.before");
     drop(remains);
     Ok(exit)
 }

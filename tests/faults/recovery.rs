@@ -1,6 +1,6 @@
 //! What is left when a process or a host dies in doubt, and how it is settled: by the agent, by a command, by hand.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 
 use libtest_mimic::Trial;
 use migrator::handoff::Step;
@@ -8,12 +8,12 @@ use migrator::journal::FileJournal;
 use rustix::process::Signal;
 
 use crate::common::wait_until;
-use crate::world::{Side, World, signal, wait_gone};
+use crate::world::{Side, VM, World, signal, wait_gone};
 
 /// All cases.
 pub fn trials() -> Vec<Trial> {
     type Case = fn(&mut World);
-    let cases: [(&str, Case); 9] = [
+    let cases: [(&str, Case); 11] = [
         ("the-agent-asks-and-it-was-given-up", given_up),
         ("the-agent-asks-and-it-runs-there", runs_there),
         ("the-runtime-folder-is-lost", runtime_folder_lost),
@@ -23,6 +23,8 @@ pub fn trials() -> Vec<Trial> {
         ("an-agent-that-comes-back-gives-up-what-died", agent_comes_back),
         ("sigterm-presses-the-power-button", sigterm),
         ("sigterm-cancels-a-migration", sigterm_in_a_migration),
+        ("the-name-is-free-before-the-memory-is", back_before_memory_is_freed),
+        ("a-process-killed-in-doubt-keeps-the-name-to-its-end", killed_in_doubt),
     ];
     cases.into_iter().map(|(name, case)| crate::trial(format!("recovery/{name}"), case)).collect()
 }
@@ -184,5 +186,55 @@ fn sigterm_in_a_migration(world: &mut World) {
     assert!([3, 5].contains(&said.code()), "{said:?}");
     wait_until("it has ended", || world.settled() == (Some("ended".into()), None));
     assert_eq!(world.seen(Side::A).unwrap()["exit"]["reason"], "powered-off");
+    world.clear();
+}
+
+/// The VM goes and comes back while the process that it left has not freed its memory.
+fn back_before_memory_is_freed(world: &mut World) {
+    world.boot();
+    let first = world.vm_pid(Side::A).unwrap();
+    world.hook.arm("vm free.before");
+    world.migrate().said().ok();
+    world.hook.wait();
+    is(world, None, Some("running"));
+    world.net.b.microvm(&format!("migrate web --to {} --max-downtime 20s", world.net.a.ip)).ok();
+    is(world, Some("running"), None);
+    world.is_well(Side::A);
+    assert!(fs::exists(format!("/proc/{first}")).unwrap(), "it is held");
+    world.hook.answer("go");
+    wait_gone(first);
+    world.is_well(Side::A);
+    world.clear();
+}
+
+/// A migration that is in doubt may write to its journal as long as there is its process: until then nobody else may settle it.
+fn killed_in_doubt(world: &mut World) {
+    world.boot();
+    world.hook.arm("destination start.after");
+    let migration = world.migrate();
+    world.hook.wait();
+    world.link(false);
+    migration.said().refused(4, &["in doubt"]);
+    world.hook.answer("go");
+    let pid = world.vm_pid(Side::A).unwrap();
+    world.hook.arm("vm free.before");
+    signal(pid, Signal::TERM);
+    let folder = world.net.a.runtime().join("vms").join(VM);
+    wait_until("it was asked once", || {
+        fs::read_to_string(folder.join("vm.log")).is_ok_and(|log| log.contains("asked to end by SIGTERM"))
+    });
+    signal(pid, Signal::TERM);
+    world.hook.wait();
+    for file in [folder.join("lock"), world.net.a.runtime().join("outgoing").join(VM).join("journal")] {
+        let lock = File::open(&file).unwrap().try_lock_shared();
+        assert!(matches!(lock, Err(TryLockError::WouldBlock)), "{}: {lock:?}", file.display());
+    }
+    world.hook.answer("go");
+    wait_gone(pid);
+    is(world, Some("in-doubt"), Some("running"));
+    nothing_is_done_in_doubt(world);
+    world.link(true);
+    is(world, None, Some("running"));
+    world.is_well(Side::B);
     world.clear();
 }
