@@ -34,6 +34,9 @@ const HOPELESS: f64 = 0.97;
 /// chosen before the link is known is chosen blindly. Socket buffers hide a link for as much as they hold.
 const WINDOW: (u64, Duration) = (4 << 20, Duration::from_millis(40));
 const FIRST_WINDOWS: u32 = 3;
+/// A link that seems faster than this may be much faster: nothing is compressed in the first windows, because connections and processes
+/// that have just begun are slower than they will be, and a better look costs little there.
+const YOUNG: f64 = 200e6;
 /// A window or a chunk with less than this tells nothing.
 const TELLING_BYTES: u64 = 64 << 10;
 /// The most pages to send before choosing again in the first windows: as many as the first one takes.
@@ -43,10 +46,10 @@ const SAMPLE_EVERY: Duration = Duration::from_millis(100);
 /// How much one chunk counts against those before it.
 const RECENT: f64 = 0.15;
 
-/// Raw pages for one window are tried so often, ...
-const PROBE_EVERY: Duration = Duration::from_millis(500);
-/// ... and for no greater part of the time.
-const PROBE_PART: f64 = 0.02;
+/// Raw pages for one window are tried so often, and for no greater part of the time: on a link that seems fast the first times sooner,
+/// because many a migration is over by then.
+const PROBES: [(Duration, f64); 3] =
+    [(Duration::from_millis(100), 0.05), (Duration::from_millis(200), 0.05), (Duration::from_millis(500), 0.02)];
 /// Streams that spend more than this part of their time in writes wait for the link or the destination.
 const SATURATED: f64 = 0.7;
 /// For the destination, if frames went with less than this part of what the link carries.
@@ -114,6 +117,8 @@ pub struct Policy {
     raw_at: Duration,
     /// Raw pages are being tried.
     probing: bool,
+    /// So many times they were.
+    probes: usize,
     /// Bytes a second that frames went with, on the wire, if the streams waited for nothing else.
     packed_link: Option<f64>,
     /// Bytes of guest memory a second that the destination opens.
@@ -132,6 +137,7 @@ struct Level {
 struct Window {
     choice: Choice,
     began: Duration,
+    ended: Duration,
     bytes: u64,
     busy: Duration,
 }
@@ -151,6 +157,7 @@ impl Policy {
             sampled: None,
             raw_at: Duration::ZERO,
             probing: false,
+            probes: 0,
             packed_link: None,
             opens: f64::INFINITY,
         }
@@ -177,15 +184,17 @@ impl Policy {
             return only;
         }
         if let (Some(link), Choice::Zstd(_), false) = (self.link, self.choice, self.probing) {
-            let every = PROBE_EVERY.as_secs_f64().max(WINDOW.0 as f64 / link / PROBE_PART);
+            let last = PROBES.len() - 1;
+            let (every, part) = PROBES[if link < YOUNG { last } else { self.probes.min(last) }];
+            let every = every.as_secs_f64().max(WINDOW.0 as f64 / link / part);
             self.probing = now.saturating_sub(self.raw_at).as_secs_f64() >= every;
         }
         if self.probing { Choice::Raw } else { self.choice }
     }
 
-    /// The most pages to send before choosing again.
+    /// The most pages to send before choosing again: few where a window is waited for.
     pub fn most_pages(&self) -> u64 {
-        if self.windows <= FIRST_WINDOWS { FIRST_PAGES } else { CHUNK_PAGES }
+        if self.windows <= FIRST_WINDOWS || self.probing { FIRST_PAGES } else { CHUNK_PAGES }
     }
 
     /// A chunk is about to be sent: whether to try levels on a sample of it, from the first that [`Self::next_level`] gives.
@@ -249,16 +258,19 @@ impl Policy {
 
     /// What was written, by any of the streams.
     pub fn wrote(&mut self, written: Written) {
-        let fresh = Window { choice: written.choice, began: written.began, bytes: 0, busy: Duration::ZERO };
-        let window = self.window.get_or_insert(fresh);
-        if window.choice != written.choice {
-            // What is in the sockets' buffers is of another kind: a window of both would tell of neither.
-            *window = fresh;
+        let Written { choice, bytes, began, ended } = written;
+        let window = self.window.get_or_insert(Window { choice, began, ended, bytes: 0, busy: Duration::ZERO });
+        if window.choice != choice {
+            // What is in the sockets' buffers is of another kind, and this write had to wait for it.
+            *window = Window { choice, began: ended, ended, bytes: 0, busy: Duration::ZERO };
+            return;
         }
-        window.bytes += written.bytes;
-        window.busy += written.ended.saturating_sub(written.began);
+        // Streams tell of their writes in no order.
+        (window.began, window.ended) = (window.began.min(began), window.ended.max(ended));
+        window.bytes += bytes;
+        window.busy += ended.saturating_sub(began);
         let window = *window;
-        let elapsed = written.ended.saturating_sub(window.began);
+        let elapsed = window.ended.saturating_sub(window.began);
         let shorter = FIRST_WINDOWS.saturating_sub(self.windows);
         let over = window.bytes >= WINDOW.0 >> shorter || elapsed >= WINDOW.1 / (1 << shorter) && !self.probing;
         if !over || window.bytes < TELLING_BYTES {
@@ -267,8 +279,9 @@ impl Policy {
         self.window = None;
         self.windows += 1;
         self.measured(window, elapsed);
-        if written.choice == Choice::Raw {
-            self.raw_at = written.ended;
+        if choice == Choice::Raw {
+            self.raw_at = ended;
+            self.probes += usize::from(self.probing);
             self.probing = false;
         }
         self.decide();
@@ -307,7 +320,7 @@ impl Policy {
     }
 
     fn decide(&mut self) {
-        let Some(link) = self.link else { return };
+        let Some(link) = self.link.filter(|link| self.windows > FIRST_WINDOWS || *link < YOUNG) else { return };
         let speeds = self.levels.iter().flatten().map(|Level { trial, .. }| {
             let choice = Choice::Zstd(trial.level);
             (choice, self.packed_speed(link, *trial) / BETTER)

@@ -305,10 +305,10 @@ fn sample(shared: &Shared, sampler: &mut Option<Sampler>, chunk: &Chunk) -> io::
         return Ok(false);
     }
     let sampler = sampler.get_or_insert_with(Sampler::new);
-    sampler.read(&*shared.memory, chunk)?;
+    let read = sampler.read(&*shared.memory, chunk)?;
     let mut tried = None;
     while let Some(level) = next_level(policy, tried) {
-        let trial = sampler.try_level(level)?;
+        let trial = sampler.try_level(level, read)?;
         lock(policy).tried(trial);
         tried = Some(level);
     }
@@ -336,18 +336,21 @@ impl Sampler {
         Self { packer, unpacker, warm: Vec::new(), pages: Vec::new(), frame: Vec::new(), back: Vec::new() }
     }
 
-    fn read(&mut self, memory: &dyn GuestPages, chunk: &Chunk) -> io::Result<()> {
+    /// Takes a copy of some pages; says how long that took.
+    fn read(&mut self, memory: &dyn GuestPages, chunk: &Chunk) -> io::Result<Duration> {
         let pages: Vec<u64> = chunk.data_runs().flat_map(|run| run.first..run.first + run.pages).collect();
         let step = pages.len().div_ceil(SAMPLE_PAGES);
         let picked: Vec<u64> = pages.into_iter().step_by(step).collect();
         self.pages.resize(picked.len() * PAGE_SIZE, 0);
+        let began = Instant::now();
         for (page, into) in picked.into_iter().zip(self.pages.chunks_mut(PAGE_SIZE)) {
             memory.read(PageRun { first: page, pages: 1 }, into)?;
         }
-        Ok(())
+        Ok(began.elapsed())
     }
 
-    fn try_level(&mut self, level: i32) -> io::Result<Trial> {
+    /// Compresses what was `read` in that time, which a worker takes as well.
+    fn try_level(&mut self, level: i32, read: Duration) -> io::Result<Trial> {
         if !self.warm.contains(&level) {
             self.packer.pack(level, &self.pages, &mut self.frame)?;
             self.warm.push(level);
@@ -362,6 +365,11 @@ impl Sampler {
         }
         let bytes = self.pages.len() as f64;
         let speed = |time: Duration| bytes / time.as_secs_f64().max(1e-6);
-        Ok(Trial { level, ratio: frame as f64 / bytes, pack: speed(packed - began), unpack: speed(packed.elapsed()) })
+        Ok(Trial {
+            level,
+            ratio: frame as f64 / bytes,
+            pack: speed(read + (packed - began)),
+            unpack: speed(packed.elapsed()),
+        })
     }
 }

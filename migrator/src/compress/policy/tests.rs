@@ -202,6 +202,21 @@ fn notices_that_the_link_or_the_content_changed() {
     assert!(choices.iter().any(|(at, choice)| *choice != Choice::Raw && *at < 1.3), "{choices:?}");
 }
 
+/// Connections begin slowly, destinations with memory that nobody has touched, and on few CPUs chunks are compressed at a fraction of
+/// what samples are.
+#[test]
+fn a_slow_beginning_does_not_make_a_fast_link_a_slow_one() {
+    let content = |_| Content([(0.10, 700.0, 1500.0), (0.08, 500.0, 1000.0), (0.07, 250.0, 1000.0)]);
+    let link = |now| if now < 0.005 { 300.0 * MB } else { 1700.0 * MB };
+    let run = Run { link, content, flattery: [4.0; LEVELS.len()], ..Run::default() };
+    let (took, _, choices) = run.play(0.5 * GB);
+    assert!(took < 0.5 * GB / (1700.0 * MB) * 1.1, "{took:.3} s: {choices:?}");
+    // Longer than the first look at it: a tenth of a second later it is looked at again.
+    let run = Run { link: |now| if now < 0.1 { 300.0 * MB } else { 1700.0 * MB }, ..run };
+    let (took, _, choices) = run.play(1.5 * GB);
+    assert!(took < 1.5 * GB / (1700.0 * MB) * 1.4, "{took:.3} s: {choices:?}");
+}
+
 #[test]
 fn a_destination_that_opens_frames_slowly_is_found_out() {
     // It would take 600 MB/s raw, and opens frames at 100: that takes as long to find out as not to lose by trying on a slow link.
@@ -213,7 +228,7 @@ fn a_destination_that_opens_frames_slowly_is_found_out() {
 
 fn settled(link: f64, content: Content) -> Policy {
     let mut policy = Policy::new(1, 1, None);
-    policy.link = Some(link);
+    (policy.link, policy.windows) = (Some(link), FIRST_WINDOWS + 1);
     for ((ratio, pack, unpack), level) in content.0.into_iter().zip(LEVELS) {
         policy.tried(Trial { level, ratio, pack: pack * MB, unpack: unpack * MB });
     }
