@@ -37,8 +37,8 @@ impl Default for Costs {
         Self {
             pause: us(200),
             collect: ms(1),
-            save: us(300),
-            transfer: us(200),
+            save: us(200),
+            transfer: us(100),
             rtt: ms(1),
             load: us(500),
             journal_here: ms(1),
