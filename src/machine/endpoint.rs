@@ -284,8 +284,9 @@ impl DestinationVm for Destination {
             // What goes wrong with that would go wrong with the guest standing still.
             vm.rehearse().map(|()| memory)
         });
-        let memory =
-            built.map_err(|e| refusal(e.to_string()))?.map_err(|e| refusal(format!("{:#}", anyhow::Error::from(e))))?;
+        let memory = built
+            .map_err(|e| refusal(e.to_string()))?
+            .map_err(|e| refusal(format!("this host's KVM cannot save a VM: {:#}", anyhow::Error::from(e))))?;
         if *memory.layout() != description.ram {
             return Err(refusal("the VM's memory is laid out differently by this version of microvm".into()));
         }

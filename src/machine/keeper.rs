@@ -156,7 +156,9 @@ impl Keeper {
                 }
                 Ok(Note::Ended(end)) => exit = Some(end),
                 Ok(Note::Done) if owned => {
-                    if let (Some(exit), Some((unplug, lock))) = (&exit, held.take_if(|_| exit.is_some())) {
+                    if let Some(exit) = &exit
+                        && let Some((unplug, lock)) = held.take()
+                    {
                         drop(unplug);
                         put_away = put_folder_away(dir, exit);
                         lock.release();

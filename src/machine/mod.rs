@@ -330,7 +330,7 @@ impl Machine {
             bail!("{}", exit.sentence(&self.spec.name));
         }
         if status.ending {
-            bail!("{} is being taken down", self.spec.name);
+            bail!("{} is ending and cannot be migrated any more", self.spec.name);
         }
         status.migration = Some(Migration { handle, peer, incoming });
         Ok(())

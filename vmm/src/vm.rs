@@ -63,12 +63,15 @@ pub struct Vm {
 /// What takes long to free of a [`Vm`]: its memory, and KVM's part of it. Who holds this can drop the VM, and with it its threads,
 /// its TAPs and all that others may wait for, and free the rest later.
 #[derive(Debug)]
-pub struct Remains(#[expect(dead_code, reason = "is there to be dropped")] (Arc<VmFd>, SharedMemory));
+pub struct Remains {
+    _fd: Arc<VmFd>,
+    _memory: SharedMemory,
+}
 
 impl Vm {
     /// See [`Remains`].
     pub fn remains(&self) -> Remains {
-        Remains((self.fd.clone(), self.memory.clone()))
+        Remains { _fd: self.fd.clone(), _memory: self.memory.clone() }
     }
 
     /// The machine that the guest sees.

@@ -259,10 +259,11 @@ impl Policy {
     /// What was written, by any of the streams.
     pub fn wrote(&mut self, written: Written) {
         let Written { choice, bytes, began, ended } = written;
-        let window = self.window.get_or_insert(Window { choice, began, ended, bytes: 0, busy: Duration::ZERO });
+        let fresh = |began| Window { choice, began, ended, bytes: 0, busy: Duration::ZERO };
+        let window = self.window.get_or_insert(fresh(began));
         if window.choice != choice {
             // What is in the sockets' buffers is of another kind, and this write had to wait for it.
-            *window = Window { choice, began: ended, ended, bytes: 0, busy: Duration::ZERO };
+            *window = fresh(ended);
             return;
         }
         // Streams tell of their writes in no order.
